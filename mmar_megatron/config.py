@@ -1,0 +1,504 @@
+"""Configuration: nested dataclasses, filled by defaults <- YAML <- command line.
+
+    python pretrain_mmar.py --config a.yaml [--config b.yaml] [--section.key VALUE ...]
+
+Later sources win. Each part of the system receives its own section, never the root. `model.backbone` is megatron-core's own
+`TransformerConfig`: any of its fields may be given by its own name. What follows from another section (parallel sizes, dtypes) is
+filled in from there, and a contradiction is refused before anything is built, in one sentence with the fix.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal, NoReturn
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from mmar_megatron import platform
+
+platform.prepare_for_megatron()
+
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+
+
+@dataclass(kw_only=True)
+class EmbeddingViTConfig:
+    """The small bidirectional vision transformer that reads the clean (visible) image tokens."""
+
+    num_layers: int = 4
+    hidden_size: int = 384
+    num_attention_heads: int = 6
+    mlp_ratio: float = 4.0
+
+
+@dataclass(kw_only=True)
+class HeadConfig:
+    """The diffusion head: MAR's residual MLP. MAR's sizes (depth x width): default 3 x 1024, B 6 x 1024, L 8 x 1280, H 12 x 1536."""
+
+    depth: int = 3
+    width: int = 1024
+    timestep_multiplier: int = 4
+    """Noise levels drawn for each masked token in one pass."""
+
+
+@dataclass(kw_only=True)
+class DiffusionConfig:
+    """The noise process of the diffusion head."""
+
+    schedule: Literal["cosine", "cosine_zero_snr", "linear_interpolation"] = "cosine"
+    """`cosine` is MAR's; `cosine_zero_snr` ends at pure noise; `linear_interpolation` is x_t = (1 - t) x + t eps."""
+    parameterization: Literal["v", "eps", "x", "flow"] = "v"
+    """What the head predicts."""
+    num_timesteps: int = 1000
+    """Discrete noise levels in training."""
+    sampling_steps: int = 100
+    """Head evaluations for each image token when painting."""
+    sampler: Literal["ddim", "ancestral"] = "ddim"
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The MMAR model: backbone, EmbeddingViT, projectors, diffusion head."""
+
+    # No instance as default: it would fill sizes that follow from others (ffn_hidden_size from hidden_size) too early.
+    backbone: TransformerConfig = field(default_factory=dict)  # type: ignore[arg-type]
+    """megatron-core's `TransformerConfig`: any of its fields by its own name."""
+    embedding_vit: EmbeddingViTConfig = field(default_factory=EmbeddingViTConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    tie_embeddings: bool = True
+    """Share the word embeddings with the output layer."""
+    rotary_base: float = 10000.0
+    """Base of the rotary position embedding."""
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
+    image_loss_weight: float = 1.0
+    text_loss_weight: float = 1.0
+    alignment_loss_weight: float = 0.0
+    """Weight of 1 - cos(W h, f), which pulls clean images' features f of a frozen teacher (in the shards) into the backbone."""
+    alignment_features: int = 0
+    """Width of the teacher features in the shards; needed where `alignment_loss_weight` is not 0."""
+
+
+@dataclass(kw_only=True)
+class CodecConfig:
+    """Image <-> continuous tokens. Must agree with what the shards were made with."""
+
+    kind: Literal["patch"] = "patch"
+    """`patch`: the pixels of each patch are one token: lossless by construction."""
+    image_size: int = 32
+    """Pixels along each side."""
+    patch_size: int = 4
+    """Pixels along each side of a patch."""
+
+
+@dataclass(kw_only=True)
+class TaskConfig:
+    """Relative weights of the kinds of sequence."""
+
+    text_to_image: float = 0.5
+    """[text][image]: trains P(image | text)."""
+    image_to_text: float = 0.5
+    """[image][text], the image fully visible: trains P(text | image)."""
+    image_only: float = 0.0
+    """[image]: trains P(image)."""
+
+
+@dataclass(kw_only=True)
+class MaskRatioConfig:
+    """Share of an image's tokens that is masked, drawn for each sample."""
+
+    distribution: Literal["truncated_normal", "uniform"] = "truncated_normal"
+    mean: float = 1.0
+    """Of the normal distribution before truncation (MAR: 1.0)."""
+    std: float = 0.25
+    """Of the normal distribution before truncation (MAR: 0.25)."""
+    minimum: float = 0.7
+    """Lower bound: 0.7 in stage 1, 0 in stage 2."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """What is read, and how samples become sequences."""
+
+    path: str = "data/shapes"
+    """A directory made by `tools/prepare_data.py`: tars and index.json."""
+    generate: Literal["shapes"] | None = None
+    """Make this data set at `path` if nothing is there yet."""
+    tokenizer: str | None = None
+    """SentencePiece model, or directory or tokenizer.json of a Hugging Face tokenizer; none: the `tokenizer.model` beside the index."""
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    sequence_length: int = 128
+    tasks: TaskConfig = field(default_factory=TaskConfig)
+    mask_ratio: MaskRatioConfig = field(default_factory=MaskRatioConfig)
+    caption_dropout: float = 0.1
+    """Share of text-to-image samples whose caption is dropped, for classifier-free guidance."""
+    languages: list[str] = field(default_factory=lambda: ["en"])
+    """One caption is drawn from these, in each epoch anew."""
+    num_workers: int = 1
+    """Loader processes on each rank; 0 loads in the training process."""
+    max_bad_fraction: float = 0.01
+    """Stop when more than this share of the samples read cannot be decoded."""
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """How the model is laid out over the processes."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Model chunks on each pipeline stage (interleaved 1F1B); needs `overlap_p2p_comm`."""
+    sequence_parallel: bool = False
+    """Shard the activations between the tensor-parallel linears along the sequence."""
+    context_parallel_size: int = 1
+    overlap_p2p_comm: bool = True
+    """Overlap pipeline communication with computation (used by the interleaved schedule)."""
+    overlap_grad_reduce: bool = False
+    """Overlap the data-parallel gradient reduction with the backward pass."""
+    overlap_param_gather: bool = False
+    """Overlap the gather of updated parameters with the next forward pass."""
+
+
+@dataclass(kw_only=True)
+class PrecisionConfig:
+    """Number formats. The loss, the noise process, gradients' reduction and the optimizer's state are fp32 always."""
+
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of the parameters and activations."""
+    fp8: Literal["off"] = "off"
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule. No weight decay on norms, biases, embeddings of position and mask, and the head."""
+
+    lr: float = 1e-3
+    min_lr: float = 0.0
+    """Where the cosine ends."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = 50
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.02
+    clip_grad: float = 3.0
+    """Largest gradient norm; 0: no clipping."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Length and batch sizes of the run."""
+
+    steps: int = 1000
+    micro_batch_size: int = 8
+    """Sequences in one forward pass of one data-parallel rank."""
+    global_batch_size: int = 8
+    """Sequences in one optimizer step."""
+    log_every: int = 10
+
+
+@dataclass(kw_only=True)
+class ValidationConfig:
+    """Held-out losses on a fixed grid of (mask ratio x timestep x noise), so that its noise does not hide a trend."""
+
+    every: int = 200
+    """Steps between validations; one follows the last step too. 0: never."""
+    samples: int = 240
+    """Held-out samples read, each once for each task."""
+    mask_ratios: list[float] = field(default_factory=lambda: [0.75, 0.875, 1.0])
+    """Sample i has its i-th, cyclically."""
+    timesteps: int = 4
+    """Evenly spaced noise levels for each masked token."""
+
+
+@dataclass(kw_only=True)
+class PreviewConfig:
+    """Images painted during training for held-out captions."""
+
+    every: int = 500
+    """Steps between previews; 0: never."""
+    images: int = 8
+    rounds: int = 16
+    """Masked auto-regressive rounds."""
+    sampling_steps: int = 25
+    """Diffusion steps of the head in each round."""
+    guidance_scale: float = 2.0
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """Saving and starting points."""
+
+    every: int = 500
+    """Steps between checkpoints; one follows the last step too. 0: never."""
+    init_from: str | None = None
+    """Start from the weights alone of this checkpoint directory (stage 2)."""
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Pretrains an MMAR model. `--config FILE` may be given several times; later files and options win."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    engine: Literal["native"] = "native"
+    """`native`: megatron-core."""
+    run_dir: str = "runs/default"
+    resume: str = "auto"
+    """`auto`: continue what is in `run_dir`; `never`: refuse a run directory that is not empty; or the path of a checkpoint."""
+    seed: int = 1234
+
+
+BACKBONE_DEFAULTS: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "gated_linear_unit": True,
+    "activation_func": "torch.nn.functional.silu",
+    "add_bias_linear": False,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "layernorm_epsilon": 1e-6,
+    "bias_dropout_fusion": False,
+}
+"""Where MMAR's backbone (Llama- and Qwen-like) differs from megatron-core's defaults. Any may be overridden."""
+
+
+def _derived_backbone_fields(cfg: Namespace) -> dict[str, tuple[Any, str]]:
+    """Fields of the backbone that other sections decide: name -> (value, the option that decides it)."""
+    parallel, dtype = cfg.parallel, {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.precision.dtype]
+    derived: dict[str, tuple[Any, str]] = {
+        name: (parallel[name], f"parallel.{name}")
+        for name in (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "virtual_pipeline_model_parallel_size",
+            "context_parallel_size",
+            "sequence_parallel",
+        )
+    }
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    # Overlap exists in the interleaved schedule alone; megatron-core refuses batched communication beside it.
+    derived["overlap_p2p_comm"] = (interleaved and parallel.overlap_p2p_comm, "parallel.overlap_p2p_comm")
+    derived["batch_p2p_comm"] = (not interleaved, "parallel.virtual_pipeline_model_parallel_size")
+    derived |= {name: (dtype, "precision.dtype") for name in ("params_dtype", "pipeline_dtype")}
+    derived["bf16"] = (dtype is torch.bfloat16, "precision.dtype")
+    # Losses are sums that the training step divides once by the global counts; megatron-core must not divide by anything.
+    derived["calculate_per_token_loss"] = (True, "the training step")
+    # Initial weights are a function of (seed, name), drawn after building (model/initialization.py).
+    derived["perform_initialization"] = (False, "model/initialization.py")
+    derived["use_cpu_initialization"] = (not platform.HAS_CUDA, "the machine")
+    return derived
+
+
+class _Parser(ArgumentParser):
+    """Errors of one sentence: the 300 lines of usage that argparse prints before them would bury it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+        known = [option[2:] for action in self._actions for option in action.option_strings if option.startswith("--")]
+        on_command_line = re.match(r"unrecognized arguments: --([\w.]+)", message)
+        in_file = re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+        if on_command_line or in_file:
+            unknown = on_command_line[1] if on_command_line else f"{in_file[1]}.{in_file[2]}"  # type: ignore[index]
+            near = difflib.get_close_matches(unknown, known, n=1)
+            message = f"there is no option '{unknown}'" + (f"; did you mean '{near[0]}'?" if near else "")
+        print("error: " + " ".join(message.split()), file=sys.stderr)
+        raise SystemExit(2)
+
+
+def build_parser() -> ArgumentParser:
+    """The command line of `pretrain_mmar.py`."""
+    parser = _Parser(prog="pretrain_mmar.py", description=Config.__doc__, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file; may be given several times, later ones win")
+    parser.add_argument("--dry_run", action="store_true", help="validate, print the plan, and stop before training")
+    parser.add_class_arguments(Config)
+    parser.set_defaults({f"model.backbone.{name}": value for name, value in BACKBONE_DEFAULTS.items()})
+    return parser
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandLine:
+    """What the command line of `pretrain_mmar.py` says."""
+
+    config: Config
+    yaml: str
+    """The resolved configuration, for `--config`."""
+    dry_run: bool
+
+
+def parse_command_line(argv: Sequence[str]) -> CommandLine:
+    """Parse, fill in what follows from other sections, validate.
+
+    Raises:
+        SystemExit: an unknown key or a value of the wrong type (after one sentence on standard error), `--help`, `--print_config`.
+        ValueError: a contradiction.
+    """
+    parser = build_parser()
+    cfg = parser.parse_args(list(argv))
+    dry_run = cfg.pop("dry_run")
+    cfg.pop("config")
+    validate(cfg)
+    resolved = _to_yaml(parser, cfg)
+    for name, (value, source) in _derived_backbone_fields(cfg).items():
+        given = cfg.model.backbone[name]
+        if given not in (value, _backbone_defaults()[name]):
+            raise ValueError(f"model.backbone.{name} is {given}, but {source} makes it {value}: leave out the former.")
+        cfg.model.backbone[name] = value
+    config = parser.instantiate(cfg)
+    return CommandLine(config=Config(**{f.name: config[f.name] for f in fields(Config)}), yaml=resolved, dry_run=dry_run)
+
+
+def _backbone_defaults() -> dict[str, Any]:
+    return {f.name: f.default for f in fields(TransformerConfig)}
+
+
+def _to_yaml(parser: ArgumentParser, cfg: Namespace) -> str:
+    """All sections; of the 240 fields of the backbone only what differs from megatron-core's defaults."""
+    values = yaml.safe_load(parser.dump(cfg, skip_none=False))
+    defaults = _backbone_defaults()
+    backbone = values["model"]["backbone"]
+    values["model"]["backbone"] = {
+        name: value for name, value in backbone.items() if value != defaults[name] and defaults[name] is not MISSING
+    }
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def validate(cfg: Namespace) -> None:
+    """Refuse contradictions, in one sentence with the fix.
+
+    Raises:
+        ValueError: as it says.
+    """
+    backbone, parallel, train, data = cfg.model.backbone, cfg.parallel, cfg.train, cfg.data
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    chunks = parallel.virtual_pipeline_model_parallel_size
+    heads, groups = backbone.num_attention_heads, backbone.num_query_groups or backbone.num_attention_heads
+
+    for name in ("num_layers", "hidden_size", "num_attention_heads"):
+        _require(backbone[name], f"Give model.backbone.{name}.")
+    _require(
+        heads % tensor == 0,
+        f"model.backbone.num_attention_heads {heads} is not divisible by "
+        f"parallel.tensor_model_parallel_size {tensor}: choose a size that divides it.",
+    )
+    _require(
+        groups % tensor == 0,
+        f"model.backbone.num_query_groups {groups} is not divisible by "
+        f"parallel.tensor_model_parallel_size {tensor}: choose a size that divides it.",
+    )
+    _require(
+        cfg.model.make_vocab_size_divisible_by % tensor == 0,
+        "model.make_vocab_size_divisible_by "
+        f"{cfg.model.make_vocab_size_divisible_by} is not divisible by parallel.tensor_model_parallel_size {tensor}: change it.",
+    )
+    _require(
+        not parallel.sequence_parallel or tensor > 1,
+        "parallel.sequence_parallel shards over the tensor-parallel ranks, of which there is one: switch it off.",
+    )
+    _require(
+        not parallel.sequence_parallel or data.sequence_length % tensor == 0,
+        f"data.sequence_length {data.sequence_length} is "
+        f"not divisible by parallel.tensor_model_parallel_size {tensor}, as parallel.sequence_parallel needs: change it.",
+    )
+    _require(
+        parallel.context_parallel_size == 1,
+        "Context parallelism does not know the mixed attention mask: set parallel.context_parallel_size to 1.",
+    )
+    if chunks is not None:
+        _require(
+            pipeline > 1,
+            "parallel.virtual_pipeline_model_parallel_size interleaves pipeline stages: "
+            "set parallel.pipeline_model_parallel_size above 1, or leave it out.",
+        )
+        # megatron-core 0.16.1 does not check this, and its results are silently wrong.
+        _require(parallel.overlap_p2p_comm, "The interleaved schedule needs parallel.overlap_p2p_comm: switch it on.")
+    uneven = any(backbone[f"num_layers_in_{end}_pipeline_stage"] for end in ("first", "last"))
+    _require(
+        uneven or backbone.num_layers % (pipeline * (chunks or 1)) == 0,
+        f"model.backbone.num_layers {backbone.num_layers} is not "
+        f"divisible by {pipeline} pipeline stages x {chunks or 1} chunks: change one of them, or give "
+        "model.backbone.num_layers_in_first_pipeline_stage.",
+    )
+    _require(
+        not parallel.overlap_param_gather or parallel.overlap_grad_reduce,
+        "parallel.overlap_param_gather needs parallel.overlap_grad_reduce: switch that on too.",
+    )
+    _require(
+        train.global_batch_size % train.micro_batch_size == 0,
+        f"train.global_batch_size {train.global_batch_size} is not "
+        f"divisible by train.micro_batch_size {train.micro_batch_size}: change one of them.",
+    )
+    codec = data.codec
+    _require(
+        codec.image_size % codec.patch_size == 0,
+        f"data.codec.image_size {codec.image_size} is not divisible by data.codec.patch_size {codec.patch_size}: change one.",
+    )
+    image_tokens = (codec.image_size // codec.patch_size) ** 2
+    _require(
+        image_tokens + 4 < data.sequence_length,
+        f"An image is {image_tokens} tokens, which with its marks does not fit "
+        f"data.sequence_length {data.sequence_length}: make that larger, or data.codec.patch_size.",
+    )
+    _require(
+        cfg.model.embedding_vit.hidden_size % cfg.model.embedding_vit.num_attention_heads == 0,
+        "model.embedding_vit.hidden_size is not divisible by model.embedding_vit.num_attention_heads: change one of them.",
+    )
+    _require(0 <= data.mask_ratio.minimum <= 1, "data.mask_ratio.minimum is a share: choose it between 0 and 1.")
+    tasks = data.tasks
+    _require(
+        min(tasks.text_to_image, tasks.image_to_text, tasks.image_only) >= 0
+        and tasks.text_to_image + tasks.image_to_text + tasks.image_only > 0,
+        "data.tasks are weights: none may be negative, and one must be positive.",
+    )
+    _require(
+        cfg.model.alignment_loss_weight == 0 or cfg.model.alignment_features > 0,
+        "model.alignment_loss_weight is not 0: give model.alignment_features, the width of the teacher's features.",
+    )
+    _require(
+        not (cfg.checkpoint.init_from and cfg.resume not in ("auto", "never")),
+        "checkpoint.init_from starts anew from weights alone, resume continues a run: give one of them.",
+    )
+
+
+def _require(condition: Any, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def validate_world(config: Config, *, world_size: int) -> None:
+    """Refuse a number of processes that does not fit the layout and the batch.
+
+    Raises:
+        ValueError: as it says.
+    """
+    parallel, train = config.parallel, config.train
+    replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    _require(
+        world_size % replica == 0,
+        f"{world_size} processes do not divide into replicas of {replica} "
+        "(parallel.tensor_model_parallel_size x pipeline_model_parallel_size): start a multiple of that.",
+    )
+    ranks = world_size // replica
+    _require(
+        train.global_batch_size % (train.micro_batch_size * ranks) == 0,
+        f"train.global_batch_size {train.global_batch_size} is not "
+        f"divisible by train.micro_batch_size {train.micro_batch_size} x {ranks} data-parallel ranks: change one of them.",
+    )
+    microbatches = train.global_batch_size // (train.micro_batch_size * ranks)
+    if parallel.virtual_pipeline_model_parallel_size is not None:
+        _require(
+            microbatches % parallel.pipeline_model_parallel_size == 0,
+            f"The interleaved schedule needs the number of microbatches "
+            f"({microbatches}) to be a multiple of parallel.pipeline_model_parallel_size: change train.global_batch_size.",
+        )

@@ -1,0 +1,1 @@
+"""Engines: they own the wrapped model and the optimizer, and take steps."""

@@ -1,0 +1,240 @@
+"""The native engine: megatron-core's data-parallel wrapper, distributed optimizer and pipeline schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from mmar_megatron import platform
+from mmar_megatron.config import Config
+from mmar_megatron.data.batch import Batch
+from mmar_megatron.engine.base import Counts, StepResult
+from mmar_megatron.engine.optimizer import build_optimizer, set_learning_rate
+from mmar_megatron.model.losses import LossSums
+from mmar_megatron.model.mmar_model import MMARModel
+from mmar_megatron.parallel import ParallelGroups
+
+
+class NativeEngine:
+    """Trains the model chunks of this rank.
+
+    Args:
+        config: the whole configuration: an engine is where model, layout, precision and optimizer meet.
+        chunks: from `build_model`.
+        groups: process groups.
+    """
+
+    def __init__(self, config: Config, *, chunks: list[MMARModel], groups: ParallelGroups) -> None:
+        self.groups = groups
+        self.settings = config.model
+        self.backbone = config.model.backbone
+        self.clip_grad = config.optimizer.clip_grad
+        self.overlap_param_gather = config.parallel.overlap_param_gather
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+            overlap_param_gather=config.parallel.overlap_param_gather,
+            use_distributed_optimizer=True,
+        )
+        self.chunks = [
+            DistributedDataParallel(
+                self.backbone,
+                ddp_config,
+                chunk.to(platform.device()),
+                # Only the first chunk's communication lies on the critical path; the others' goes in one piece.
+                disable_bucketing=number > 0,
+                pg_collection=groups.megatron,
+            )
+            for number, chunk in enumerate(chunks)
+        ]
+        self.optimizer = build_optimizer(
+            config.optimizer,
+            chunks=self.chunks,
+            bf16=config.precision.dtype == "bf16",
+            overlap_param_gather=config.parallel.overlap_param_gather,
+        )
+        self.backbone.finalize_model_grads_func = self._finalize_gradients
+        if config.parallel.overlap_grad_reduce:
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            self.backbone.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        self.forward_backward = get_forward_backward_func()
+
+    @property
+    def last_stage(self) -> MMARModel | None:
+        """The model chunk that holds the heads, where it is on this rank."""
+        model = self.chunks[-1].module
+        return model if model.post_process else None
+
+    # --- learning ---------------------------------------------------------------------------------------------------------------
+
+    def train_step(self, microbatches: Sequence[Batch], *, learning_rate: float) -> StepResult:
+        """One optimizer step on this rank's microbatches of one global batch."""
+        batches = [batch.to(platform.device()) for batch in microbatches]
+        # The denominators depend on the data alone, so they are known before the forward pass: each microbatch's loss is divided by
+        # the count over all microbatches and ranks, and plain sums of gradients are then those of the global mean.
+        counts = self._global_counts(batches)
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        sums = self._run(batches, counts=counts)
+        set_learning_rate(self.optimizer, learning_rate)
+        grad_norm, stepped = self._clip_and_step()
+        return StepResult(sums=self._reduce(sums), counts=counts, grad_norm=grad_norm, skipped=not stepped)
+
+    def evaluate(self, microbatches: Sequence[Batch]) -> StepResult:
+        """Loss sums without learning; call within `evaluating`."""
+        batches = [batch.to(platform.device()) for batch in microbatches]
+        counts = self._global_counts(batches)
+        # The interleaved schedule takes multiples of the number of stages.
+        missing = -len(batches) % self.groups.pipeline.size() if self.groups.virtual_pipeline_size else 0
+        batches += [batches[-1].without_losses()] * missing
+        return StepResult(sums=self._reduce(self._run(batches, counts=counts, forward_only=True)), counts=counts)
+
+    def _run(self, batches: list[Batch], *, counts: Counts, forward_only: bool = False) -> list[Tensor]:
+        """Forward (and backward) over all microbatches: on the last stage, the flattened loss sums of each."""
+
+        def forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Any]:
+            return model(next(iterator)), partial(self._loss, counts=counts)
+
+        return self._pipeline(batches, forward_step, forward_only=forward_only)
+
+    def _pipeline(self, batches: list[Batch], forward_step: Any, **options: Any) -> list[Tensor]:
+        sequences, positions = batches[0].tokens_BS.shape
+        return self.forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=[iter(batches) for _ in self.chunks],
+            model=self.chunks,
+            num_microbatches=len(batches),
+            seq_length=positions,
+            micro_batch_size=sequences,
+            **options,
+        )
+
+    def _loss(self, sums: LossSums, *, counts: Counts) -> tuple[Tensor, Tensor, Tensor]:
+        """In megatron-core's form: loss, number of tokens (ours are divided by already), what to report."""
+        settings = self.settings
+        loss = (
+            settings.text_loss_weight * sums.text / counts.text.clamp(min=1)
+            + settings.image_loss_weight * sums.image / counts.image.clamp(min=1)
+            + settings.alignment_loss_weight * sums.alignment / counts.alignment.clamp(min=1)
+        )
+        return loss, torch.ones((), dtype=torch.int, device=loss.device), sums.flatten()
+
+    def _global_counts(self, batches: list[Batch]) -> Counts:
+        stacked = Counts.of(batches).to_tensor()
+        torch.distributed.all_reduce(stacked, group=self.groups.data)
+        return Counts.from_tensor(stacked)
+
+    def _reduce(self, flattened: list[Tensor]) -> LossSums:
+        """Over microbatches, tensor- and data-parallel ranks; then from the last stage to all."""
+        if self.last_stage is not None:
+            total = torch.stack(flattened).sum(dim=0)
+            total[0] /= self.groups.tensor.size()  # the text loss is whole on each tensor-parallel rank, all else is a share
+            torch.distributed.all_reduce(total, group=self.groups.tensor)
+            torch.distributed.all_reduce(total, group=self.groups.data)
+        else:
+            total = torch.zeros(LossSums.size(), device=platform.device())
+        if self.groups.pipeline.size() > 1:
+            torch.distributed.broadcast(total, group=self.groups.pipeline, group_src=self.groups.pipeline.size() - 1)
+        return LossSums.unflatten(total)
+
+    def _finalize_gradients(self, model: list[torch.nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
+        """megatron-core's reductions, without its division by `num_tokens`; then the sum over tensor-parallel ranks of the gradients of
+        modules that run there on different rows (megatron-core sums such gradients only under sequence parallelism)."""
+        finalize_model_grads(model, None, **options)
+        if self.groups.tensor.size() == 1:
+            return
+        parameters = [p for chunk in self.chunks for p in chunk.parameters()]
+        gradients = [p.main_grad for p in parameters if getattr(p, "sum_gradients_across_tp_domain", False)]
+        if gradients:
+            flat = _flatten_dense_tensors(gradients)
+            torch.distributed.all_reduce(flat, group=self.groups.tensor)
+            for gradient, summed in zip(gradients, _unflatten_dense_tensors(flat, gradients), strict=True):
+                gradient.copy_(summed)
+
+    @torch.no_grad()
+    def _clip_and_step(self) -> tuple[float, bool]:
+        """The gradient norm, and whether a step was taken. The norm is alike on all ranks, so all take it or none."""
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            return grad_norm, False
+        if self.clip_grad > 0:
+            for part in self.optimizer.chained_optimizers:
+                if parameters := part.get_parameters():
+                    clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip_grad, total_norm=grad_norm)
+        self.optimizer.step_with_ready_grads()
+        return grad_norm, True
+
+    # --- not learning -----------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode, complete parameters, no gradients."""
+        for chunk in self.chunks:
+            chunk.eval()
+            if self.overlap_param_gather:
+                chunk.disable_forward_pre_hook()  # it gathers what is still on its way, and forward passes gather no more
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for chunk in self.chunks:
+                chunk.train()
+                if self.overlap_param_gather:
+                    chunk.enable_forward_pre_hook()
+
+    def hidden_states(self, batch: Batch) -> Tensor | None:
+        """Final hidden states [S, B, D] on the last stage, None on the others; call within `evaluating`."""
+
+        def forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Any]:
+            return model(next(iterator), return_hidden=True), lambda hidden, non_loss_data: hidden
+
+        copies = self.groups.pipeline.size() if self.groups.virtual_pipeline_size else 1
+        outputs = self._pipeline([batch] * copies, forward_step, forward_only=True, collect_non_loss_data=True)
+        return outputs[0] if self.last_stage is not None else None
+
+    # --- state ------------------------------------------------------------------------------------------------------------------
+
+    def model_sharded_state_dict(self) -> dict[str, Any]:
+        """Each chunk's parameters under its own key: `model0`, `model1`, ..."""
+        return {
+            f"model{number}": chunk.module.sharded_state_dict(metadata=self._metadata)
+            for number, chunk in enumerate(self.chunks)
+        }
+
+    def sharded_state_dict(self, *, is_loading: bool = False) -> dict[str, Any]:
+        """Model and optimizer, in the form that reshards to any layout."""
+        model = self.model_sharded_state_dict()
+        # megatron-core looks for one chunk under `model`, for several under `model0`, ...
+        of_optimizer = {"model": model["model0"]} if len(model) == 1 else model
+        optimizer = self.optimizer.sharded_state_dict(of_optimizer, is_loading=is_loading, metadata=self._metadata)
+        return {**model, "optimizer": optimizer}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Model and optimizer."""
+        self._load_model(state)
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """The model alone; the optimizer starts anew from these weights."""
+        self._load_model(state)
+        self.optimizer.reload_model_params()
+
+    def _load_model(self, state: dict[str, Any]) -> None:
+        for number, chunk in enumerate(self.chunks):
+            chunk.module.load_state_dict(state[f"model{number}"])
+
+    @property
+    def _metadata(self) -> dict[str, Any]:
+        return {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": self.groups.megatron.dp_cp}

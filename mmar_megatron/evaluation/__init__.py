@@ -1,0 +1,1 @@
+"""Evaluation: scorers of what the model painted and wrote."""

@@ -1,0 +1,1 @@
+"""Generation in both directions: text to image, image to text."""

@@ -1,0 +1,167 @@
+"""Masked auto-regressive image generation (MAR, arXiv 2406.11838, section 4): begin all masked; in each round run the backbone once, and let
+the diffusion head draw the tokens of a random subset of the positions that are still masked.
+
+Suffixes: B images, N tokens of an image, C channels of a token, K tokens drawn in a round, S positions, D width, Z width of the condition.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from einops import rearrange
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mmar_megatron import platform
+from mmar_megatron.data.loader import DataSource
+from mmar_megatron.data.sequence import DocumentImage
+from mmar_megatron.diffusion.parameterization import guide
+from mmar_megatron.diffusion.sampler import Sampler, SamplerKind
+from mmar_megatron.engine.base import Engine
+from mmar_megatron.model.mmar_model import MMARModel
+from mmar_megatron.parallel import ParallelGroups
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSampling:
+    """How images are drawn."""
+
+    rounds: int = 16
+    """Runs of the backbone for each image; at most its number of tokens."""
+    steps: int = 25
+    """Runs of the head for each token."""
+    guidance_scale: float = 2.0
+    """Classifier-free guidance; 1: none."""
+    sampler: SamplerKind = "ddim"
+    temperature: float = 1.0
+    seed: int = 0
+
+
+def paint(
+    engine: Engine,
+    captions: Sequence[str],
+    *,
+    source: DataSource,
+    groups: ParallelGroups,
+    sampling: ImageSampling,
+    progress: Callable[[int, int], None] | None = None,
+) -> NDArray[np.uint8]:
+    """Draw one image for each caption. All ranks of a model replica call it together; call within `engine.evaluating()`.
+
+    Order of positions and noise follow from (seed, number of the image, round) alone, so neither the batch nor the layout changes an image.
+
+    Args:
+        progress: called after each round with its number, from 1, and the number of rounds.
+
+    Returns:
+        Pixels, uint8 [B, H, W, 3], alike on all ranks.
+
+    Raises:
+        ValueError: more rounds than tokens.
+    """
+    num_tokens, channels = source.codec.num_tokens, source.codec.channels
+    if sampling.rounds > num_tokens:
+        raise ValueError(f"{sampling.rounds} rounds asked for images of {num_tokens} tokens: use at most as many rounds as tokens.")
+    prompts = [source.tokenizer.encode(caption) for caption in captions]
+    orders_BN = np.stack([np.random.Generator(_bits(sampling.seed, b, 0)).permutation(num_tokens) for b in range(len(captions))])
+    latents_BNC = np.zeros((len(captions), num_tokens, channels), dtype=np.float32)
+    masked_BN = np.ones((len(captions), num_tokens), dtype=np.bool_)
+
+    for number, (begin, end) in enumerate(_rounds(num_tokens, sampling.rounds), start=1):
+        chosen_BK = orders_BN[:, begin:end]
+        tokens_BKC = _draw_round(
+            engine, prompts, latents_BNC, masked_BN, chosen_BK, source=source, groups=groups, sampling=sampling, number=number
+        )
+        np.put_along_axis(latents_BNC, chosen_BK[:, :, None], tokens_BKC, axis=1)
+        np.put_along_axis(masked_BN, chosen_BK, False, axis=1)
+        if progress is not None:
+            progress(number, sampling.rounds)
+    return source.codec.decode(latents_BNC)
+
+
+def _bits(seed: int, image: int, round_number: int) -> np.random.Philox:
+    return np.random.Philox(key=seed, counter=[0, 0, image, round_number])
+
+
+def _rounds(num_tokens: int, rounds: int) -> list[tuple[int, int]]:
+    """Which stretch of the order each round fills: MAR's cosine schedule, few at first, at least one in each."""
+    ends = []
+    for k in range(1, rounds + 1):
+        filled = num_tokens - math.floor(num_tokens * math.cos(math.pi / 2 * k / rounds))
+        at_least, at_most = (ends[-1] if ends else 0) + 1, num_tokens - (rounds - k)
+        ends.append(min(max(filled, at_least), at_most))
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def _draw_round(
+    engine: Engine,
+    prompts: Sequence[list[int]],
+    latents_BNC: NDArray[np.float32],
+    masked_BN: NDArray[np.bool_],
+    chosen_BK: NDArray[np.int64],
+    *,
+    source: DataSource,
+    groups: ParallelGroups,
+    sampling: ImageSampling,
+    number: int,
+) -> NDArray[np.float32]:
+    """The tokens at `chosen_BK`, [B, K, C], on all ranks."""
+    guided = sampling.guidance_scale != 1.0
+    documents = [
+        source.builder.text_to_image(prompt, image=DocumentImage(latents_NC=latents, masked_N=masked), sample_id=0)
+        # Without guidance one half is enough; with it the second has no text, as the dropped captions in training.
+        for half in ((prompts, [[] for _ in prompts]) if guided else (prompts,))
+        for prompt, latents, masked in zip(half, latents_BNC, masked_BN, strict=True)
+    ]
+    batch = source.assemble(documents, timestep_multiplier=1).to(platform.device())
+    h_SBD = engine.hidden_states(batch)
+
+    count, channels = chosen_BK.shape[1], latents_BNC.shape[2]
+    tokens_BKC = torch.empty(len(prompts), count, channels, device=platform.device())
+    if h_SBD is not None:
+        model = engine.last_stage
+        assert model is not None
+        starts_B = torch.tensor([document.image_start for document in documents], device=h_SBD.device)
+        halves = len(documents) // len(prompts)
+        position_BK = starts_B[:, None] + torch.from_numpy(np.tile(chosen_BK, (halves, 1))).to(h_SBD.device)
+        row_B1 = torch.arange(len(documents), device=h_SBD.device)[:, None]
+        z_KZ = model.image_condition(rearrange(h_SBD[position_BK, row_B1], "b k d -> (b k) d"))
+        sampled = _sample_head(model, z_KZ, guided=guided, noise_shape=(len(prompts), count, channels), sampling=sampling, number=number)
+        tokens_BKC = rearrange(sampled, "(b k) c -> b k c", b=len(prompts)).contiguous()
+    if groups.pipeline.size() > 1:
+        torch.distributed.broadcast(tokens_BKC, group=groups.pipeline, group_src=groups.pipeline.size() - 1)
+    if not bool(tokens_BKC.isfinite().all()):
+        raise FloatingPointError(f"Image tokens drawn in round {number} are not finite: the weights or the guidance scale are unfit.")
+    return tokens_BKC.cpu().numpy()
+
+
+def _sample_head(
+    model: MMARModel, z_KZ: Tensor, *, guided: bool, noise_shape: tuple[int, int, int], sampling: ImageSampling, number: int
+) -> Tensor:
+    """Tokens [(B K), C] in fp32 from conditions; under guidance the second half of `z_KZ` is unconditional."""
+    sampler = Sampler(
+        schedule=model.schedule,
+        parameterization=model.parameterization,
+        steps=sampling.steps,
+        kind=sampling.sampler,
+        temperature=sampling.temperature,
+    )
+    images, count, channels = noise_shape
+    streams = [np.random.Generator(_bits(sampling.seed, b, number)) for b in range(images)]
+
+    def noise(_: int) -> Tensor:
+        drawn = np.concatenate([stream.standard_normal((count, channels), dtype=np.float32) for stream in streams])
+        return torch.from_numpy(drawn).to(z_KZ.device)
+
+    def predict(x_KC: Tensor, t_K: Tensor) -> Tensor:
+        if not guided:
+            return model.denoise(x_KC[:, None], timestep_KR=t_K[:, None], z_KZ=z_KZ)[:, 0]
+        u = model.denoise(x_KC.repeat(2, 1)[:, None], timestep_KR=t_K.repeat(2)[:, None], z_KZ=z_KZ)[:, 0]
+        conditional, unconditional = u.chunk(2)
+        return guide(conditional, u_uncond=unconditional, scale=sampling.guidance_scale)
+
+    return sampler.sample(predict, noise=noise)

@@ -1,0 +1,1 @@
+"""The MMAR model on megatron-core's transformer block."""

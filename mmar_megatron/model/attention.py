@@ -1,0 +1,82 @@
+"""Mixed attention: causal between tokens, bidirectional inside an image, nothing across documents.
+
+Suffixes: B sequences, S positions, H heads, G key-value groups, D width of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+def mixed_attention_allowed(*, document_ids_BS: Tensor, span_ids_BS: Tensor) -> Tensor:
+    """Which key each query may attend to, bool [B, S, S] (query, key).
+
+    A query sees the keys of its own document that stand at or before it, and all of its own image. Padding (document -1) sees padding
+    alone, which keeps every row of the softmax non-empty.
+    """
+    position_S = torch.arange(document_ids_BS.shape[1], device=document_ids_BS.device)
+    causal_SS = position_S[:, None] >= position_S[None, :]
+    same_span_BSS = (span_ids_BS[:, :, None] == span_ids_BS[:, None, :]) & (span_ids_BS[:, :, None] >= 0)
+    same_document_BSS = document_ids_BS[:, :, None] == document_ids_BS[:, None, :]
+    return same_document_BSS & (causal_SS | same_span_BSS)
+
+
+def attention_bias(allowed_BSS: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """Additive form [B, 1, S, S] of a mask: 0 where allowed, else -inf. Made once for all layers, where a bool mask is converted by each."""
+    bias_BSS = torch.zeros(allowed_BSS.shape, dtype=dtype, device=allowed_BSS.device)
+    return bias_BSS.masked_fill_(~allowed_BSS, float("-inf")).unsqueeze(1)
+
+
+class MixedAttention(MegatronModule):
+    """`core_attention` of a megatron-core layer spec: scaled dot-product attention under an additive mask, by torch's fused kernels."""
+
+    def __init__(self, config: TransformerConfig, *, softmax_scale: float | None = None, **unused: Any) -> None:
+        # megatron-core passes every core attention layer_number, attn_mask_type, attention_type and process groups as well.
+        super().__init__(config=config)
+        self.softmax_scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
+        self.dropout = config.attention_dropout
+
+    def forward(
+        self, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, attention_mask: Tensor, **unused: Any
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query_SBHD: queries of this rank's heads.
+            key_SBGD, value_SBGD: keys and values; each group serves H / G heads.
+            attention_mask: additive, [B, 1, S, S].
+
+        Returns:
+            [S, B, H * D].
+        """
+        query, key, value = (rearrange(x, "s b h d -> b h s d") for x in (query_SBHD, key_SBGD, value_SBGD))
+        arguments = {
+            "attn_mask": attention_mask,
+            "scale": self.softmax_scale,
+            "enable_gqa": query.shape[1] != key.shape[1],
+        }
+        if self.training and self.dropout > 0:
+            with get_cuda_rng_tracker().fork():  # heads are split over tensor-parallel ranks: each drops its own
+                output = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout, **arguments)
+        else:
+            output = F.scaled_dot_product_attention(query, key, value, **arguments)
+        return rearrange(output, "b h s d -> s b (h d)")
+
+
+def rotary_frequencies(position_ids_BS: Tensor, *, head_dim: int, base: float) -> Tensor:
+    """Angles of the rotary embedding, [S, B, 1, head_dim] in fp32 (RoFormer, arXiv 2104.09864; halves, not pairs, as in Llama).
+
+    Each sequence has its own, because positions restart with every document.
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids_BS.device) / head_dim
+    angles_SBF = position_ids_BS.t().float()[:, :, None] * base**-exponent
+    return torch.cat((angles_SBF, angles_SBF), dim=-1).unsqueeze(2)

@@ -1,0 +1,70 @@
+"""Stage 0: tokens and visible latents become one sequence.
+
+Suffixes: B sequences, S positions, D width of the backbone, M images, N tokens of an image, C channels of a latent.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
+from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from mmar_megatron.config import EmbeddingViTConfig
+from mmar_megatron.data.batch import Batch
+from mmar_megatron.model.image_geometry import ImageGeometry
+from mmar_megatron.model.initialization import seeded
+from mmar_megatron.model.vision import EmbeddingViT, PositionEmbedding2D, Projector
+
+
+class MultimodalEmbedding(MegatronModule):
+    """Word embeddings at text positions; EmbeddingViT and VisProjector at visible image tokens; a learned embedding at hidden ones.
+
+    All but the word embeddings is replicated over the tensor-parallel ranks and sees the same data there, so its gradients agree.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        vit: EmbeddingViTConfig,
+        geometry: ImageGeometry,
+        vocab_size: int,
+        tensor_group: ProcessGroup,
+        seed: int,
+    ) -> None:
+        super().__init__(config=config)
+        self.tensor_group = tensor_group
+        self.word_embeddings = VocabParallelEmbedding(
+            vocab_size, config.hidden_size, init_method=config.init_method, config=config, tp_group=tensor_group
+        )
+        grid = {"grid_height": geometry.grid_height, "grid_width": geometry.grid_width}
+        with seeded(seed, "embedding"):
+            self.embedding_vit = EmbeddingViT(vit, channels=geometry.channels, **grid)
+            self.vis_projector = Projector(in_features=vit.hidden_size, out_features=config.hidden_size)
+            self.mask_embedding = nn.Parameter(torch.randn(config.hidden_size) * config.init_method_std)
+            self.position = PositionEmbedding2D(**grid, width=config.hidden_size, std=config.init_method_std)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The backbone's input, [S, B, D] (under sequence parallelism this rank's [S / TP, B, D])."""
+        text_BSD = self.word_embeddings(batch.tokens_BS)
+        is_text_BS1 = (batch.span_ids_BS < 0).unsqueeze(-1)
+        image_MND = self._embed_images(batch)
+        # Every slot is added at its place; an empty one adds zeros at place 0, so all shapes are fixed and nothing waits for the device.
+        occupied_MN1 = (batch.visible_MN | batch.masked_MN).unsqueeze(-1)
+        h = rearrange(text_BSD * is_text_BS1, "b s d -> (b s) d").index_add(
+            0, batch.image_positions_MN.flatten(), rearrange(image_MND * occupied_MN1, "m n d -> (m n) d")
+        )
+        h_SBD = rearrange(h, "(b s) d -> s b d", b=text_BSD.shape[0]).contiguous()
+        if self.config.sequence_parallel:
+            h_SBD = scatter_to_sequence_parallel_region(h_SBD, group=self.tensor_group)
+        return h_SBD
+
+    def _embed_images(self, batch: Batch) -> Tensor:
+        features_MNV = self.embedding_vit(batch.latents_MNC, visible_MN=batch.visible_MN)
+        visible_MN1 = batch.visible_MN.unsqueeze(-1)
+        return torch.where(visible_MN1, self.vis_projector(features_MNV), self.mask_embedding) + self.position()

@@ -1,0 +1,267 @@
+"""MMAR: one decoder that reads text and clean image tokens, and whose outputs are words, or conditions for the diffusion head.
+
+Suffixes: B sequences, S positions, D width of the backbone, L labelled positions, K masked tokens of this rank, R noise levels for each,
+C channels of a token, Z width of the condition, F teacher features, M images, N tokens of an image. Data is [B, S]; megatron-core is [S, B, D].
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from megatron.core.enums import ModelType
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor, nn
+
+from mmar_megatron.config import ModelConfig
+from mmar_megatron.data.batch import IGNORE, Batch
+from mmar_megatron.diffusion.parameterization import (
+    Parameterization,
+    add_noise,
+    check_compatible,
+    diffusion_loss,
+    zero_loss,
+)
+from mmar_megatron.diffusion.schedule import NoiseSchedule
+from mmar_megatron.model.attention import attention_bias, mixed_attention_allowed, rotary_frequencies
+from mmar_megatron.model.embedding import MultimodalEmbedding
+from mmar_megatron.model.head import DiffusionHead
+from mmar_megatron.model.image_geometry import ImageGeometry
+from mmar_megatron.model.initialization import initialize_backbone, seeded
+from mmar_megatron.model.layer_specs import block_spec
+from mmar_megatron.model.losses import LossSums, bucketed
+from mmar_megatron.model.vision import Projector
+from mmar_megatron.parallel import ParallelGroups
+
+
+class MMARModel(LanguageModule):
+    """One pipeline stage of MMAR (all of it without pipeline parallelism).
+
+    Args:
+        config: the model's section; its `backbone` holds the layout's sizes too.
+        geometry: grid and channels of the image codec.
+        vocab_size: of the tokenizer; padded here to a multiple of `make_vocab_size_divisible_by`, alike in any layout.
+        groups: process groups.
+        seed: initial weights are a function of it and of each parameter's name.
+        vp_stage: which model chunk of the stage, under the interleaved schedule.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        geometry: ImageGeometry,
+        vocab_size: int,
+        groups: ParallelGroups,
+        seed: int,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(config=config.backbone, pg_collection=groups.megatron)
+        self.model_type = ModelType.encoder_or_decoder  # asked for by megatron-core's schedules
+        self.settings = config
+        self.vp_stage = vp_stage
+        self.groups = groups
+        self.pre_process = groups.is_first_stage and vp_stage in (None, 0)
+        last_chunk = None if groups.virtual_pipeline_size is None else groups.virtual_pipeline_size - 1
+        self.post_process = groups.is_last_stage and vp_stage == last_chunk
+        self.share_embeddings_and_output_weights = config.tie_embeddings
+        self.schedule = NoiseSchedule(config.diffusion.schedule, num_timesteps=config.diffusion.num_timesteps)
+        self.parameterization = Parameterization(config.diffusion.parameterization)
+        check_compatible(self.schedule, self.parameterization)
+        padded = padded_vocab_size(config, vocab_size)
+
+        if self.pre_process:
+            self.embedding = MultimodalEmbedding(
+                config.backbone,
+                vit=config.embedding_vit,
+                geometry=geometry,
+                vocab_size=padded,
+                tensor_group=groups.tensor,
+                seed=seed,
+            )
+        self.decoder = TransformerBlock(
+            config.backbone,
+            block_spec(config.backbone, vp_stage=vp_stage, pipeline_rank=groups.pipeline.rank()),
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            pg_collection=groups.megatron,
+            vp_stage=vp_stage,
+        )
+        if self.post_process:
+            self._build_heads(channels=geometry.channels, vocab_size=padded, seed=seed)
+        if self.pre_process or self.post_process:
+            self.setup_embeddings_and_output_layer()
+        self.to(dtype=config.backbone.params_dtype)
+        initialize_backbone(self, seed=seed)
+
+    def _build_heads(self, *, channels: int, vocab_size: int, seed: int) -> None:
+        config = self.settings
+        # `_enter_heads` undoes sequence parallelism and sums the gradients of all that follows it, so the output layer must do neither.
+        output_config = copy.copy(config.backbone)
+        output_config.sequence_parallel = False
+        self.output_layer = ColumnParallelLinear(
+            config.backbone.hidden_size,
+            vocab_size,
+            config=output_config,
+            init_method=config.backbone.init_method,
+            bias=False,
+            disable_grad_reduce=True,
+            skip_weight_param_allocation=self.pre_process and config.tie_embeddings,
+            tp_group=self.groups.tensor,
+        )
+        with seeded(seed, "heads"):
+            width = config.head.width
+            self.post_projector = Projector(in_features=config.backbone.hidden_size, out_features=width)
+            self.diffusion_head = DiffusionHead(config.head, channels=channels, condition_width=width)
+            if config.alignment_loss_weight > 0:
+                self.alignment_projector = nn.Linear(config.backbone.hidden_size, config.alignment_features)
+        for module in self._row_parallel_modules():
+            for parameter in module.parameters():
+                # Each tensor-parallel rank sees its share of the rows, so its gradient is a part; the engine sums them by this mark.
+                parameter.sum_gradients_across_tp_domain = True  # type: ignore[attr-defined]
+
+    def _row_parallel_modules(self) -> list[nn.Module]:
+        modules: list[nn.Module] = [self.post_projector, self.diffusion_head]
+        return modules + ([self.alignment_projector] if self.settings.alignment_loss_weight > 0 else [])
+
+    def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
+        """Called by megatron-core's schedules: the previous stage's output."""
+        self.decoder.set_input_tensor(input_tensor[0])
+
+    def forward(self, batch: Batch, *, return_hidden: bool = False) -> Tensor | LossSums:
+        """One stage's forward pass.
+
+        Args:
+            batch: the microbatch, on this device; every stage reads what it needs of it.
+            return_hidden: on the last stage, give the final hidden states instead of the losses (for generation).
+
+        Returns:
+            On the last stage `LossSums`, or [S, B, D] with `return_hidden`; on the others the hidden states for the next.
+        """
+        backbone = self.settings.backbone
+        allowed_BSS = mixed_attention_allowed(document_ids_BS=batch.document_ids_BS, span_ids_BS=batch.span_ids_BS)
+        h_SBD = self.decoder(
+            hidden_states=self.embedding(batch) if self.pre_process else None,
+            attention_mask=attention_bias(allowed_BSS, dtype=backbone.params_dtype),
+            rotary_pos_emb=rotary_frequencies(
+                batch.position_ids_BS, head_dim=backbone.kv_channels, base=self.settings.rotary_base
+            ),
+        )
+        if not self.post_process:
+            return h_SBD
+        h_SBD = self._enter_heads(h_SBD)
+        return h_SBD if return_hidden else self._losses(h_SBD, batch=batch)
+
+    def _enter_heads(self, h_SBD: Tensor) -> Tensor:
+        """Full hidden states on each tensor-parallel rank; backward sums the ranks' gradients, which from here on are parts."""
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(h_SBD, tensor_parallel_output_grad=True, group=self.groups.tensor)
+        return copy_to_tensor_model_parallel_region(h_SBD, group=self.groups.tensor)
+
+    def _losses(self, h_SBD: Tensor, *, batch: Batch) -> LossSums:
+        sequences = h_SBD.shape[1]
+        h_TD = rearrange(h_SBD, "s b d -> (s b) d")
+
+        labels_T = rearrange(batch.labels_BS, "b s -> (s b)")
+        labelled = (labels_T != IGNORE).nonzero().squeeze(1)
+        text = self._text_loss(h_TD[labelled], labels_L=labels_T[labelled])
+
+        position_MN = batch.image_positions_MN
+        row_MN = position_MN % batch.tokens_BS.shape[1] * sequences + position_MN // batch.tokens_BS.shape[1]
+        masked = self._own_share(batch.masked_MN)
+        return LossSums(
+            text=text,
+            **self._image_loss(h_TD[row_MN.flatten()[masked]], batch=batch, masked=masked),
+            alignment=self._alignment_loss(h_TD, batch=batch, row_MN=row_MN),
+        )
+
+    def _own_share(self, chosen_MN: Tensor) -> Tensor:
+        """This tensor-parallel rank's even share of the chosen image tokens, as indices into (M N)."""
+        chosen = chosen_MN.flatten().nonzero().squeeze(1)
+        return chosen[self.groups.tensor.rank() :: self.groups.tensor.size()]
+
+    def _text_loss(self, h_LD: Tensor, *, labels_L: Tensor) -> Tensor:
+        logits_LV = self._parallel_logits(h_LD)
+        return vocab_parallel_cross_entropy(logits_LV.float(), labels_L).sum()
+
+    def _image_loss(self, h_KD: Tensor, *, batch: Batch, masked: Tensor) -> dict[str, Tensor]:
+        x_KC, noise_KRC, u_KR = (
+            rearrange(t, "m n ... -> (m n) ...")[masked] for t in (batch.latents_MNC, batch.noise_MNRC, batch.timesteps_MNR)
+        )
+        timestep_KR = self.schedule.index(u_KR)
+        alpha_KR1, sigma_KR1 = self.schedule.alpha_sigma(timestep_KR)
+        x_KRC = repeat(x_KC, "k c -> k r c", r=u_KR.shape[1])
+        noisy_KRC = add_noise(x_KRC, eps=noise_KRC, alpha=alpha_KR1, sigma=sigma_KR1)
+        predicted_KRC = self.denoise(noisy_KRC, timestep_KR=timestep_KR, z_KZ=self.post_projector(h_KD))
+
+        process = {"x": x_KRC, "eps": noise_KRC, "alpha": alpha_KR1, "sigma": sigma_KR1}
+        loss_KR = diffusion_loss(predicted_KRC, **process, parameterization=self.parameterization)
+        loss_K = loss_KR.mean(dim=1)
+        by_timestep, rows_by_timestep = bucketed(loss_KR.detach().flatten(), u_KR.flatten())
+        ratio_MN = batch.masked_MN.float().mean(dim=1, keepdim=True).expand_as(batch.masked_MN)
+        by_mask_ratio, rows_by_mask_ratio = bucketed(loss_K.detach(), ratio_MN.flatten()[masked])
+        return {
+            "image": loss_K.sum(),
+            "image_zero": zero_loss(**process, parameterization=self.parameterization).mean(dim=1).sum(),
+            "image_by_timestep": by_timestep,
+            "count_by_timestep": rows_by_timestep,
+            "image_by_mask_ratio": by_mask_ratio,
+            "count_by_mask_ratio": rows_by_mask_ratio,
+        }
+
+    def _alignment_loss(self, h_TD: Tensor, *, batch: Batch, row_MN: Tensor) -> Tensor:
+        if self.settings.alignment_loss_weight == 0:
+            return torch.zeros((), device=h_TD.device)
+        if batch.teacher_MNF is None:
+            raise ValueError("model.alignment_loss_weight is not 0, but the data holds no teacher features: set it to 0.")
+        visible = self._own_share(batch.visible_MN)
+        projected_KF = self.alignment_projector(h_TD[row_MN.flatten()[visible]]).float()
+        teacher_KF = rearrange(batch.teacher_MNF, "m n f -> (m n) f")[visible]
+        return (1 - F.cosine_similarity(projected_KF, teacher_KF, dim=-1)).sum()
+
+    def _parallel_logits(self, h_LD: Tensor) -> Tensor:
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits_LV, _ = self.output_layer(h_LD, weight=weight)
+        return logits_LV
+
+    def text_logits(self, h_LD: Tensor) -> Tensor:
+        """Logits over the whole (padded) vocabulary, [L, V], from final hidden states. For generation; last stage only."""
+        return gather_from_tensor_model_parallel_region(self._parallel_logits(h_LD), group=self.groups.tensor)
+
+    def image_condition(self, h_KD: Tensor) -> Tensor:
+        """The head's condition, [K, Z], from final hidden states at image positions. Last stage only."""
+        return self.post_projector(h_KD)
+
+    def denoise(self, x_KRC: Tensor, *, timestep_KR: Tensor, z_KZ: Tensor) -> Tensor:
+        """The head's prediction u, [K, R, C], for tokens at integer noise levels of the schedule. Last stage only."""
+        # MAR's sinusoids span 1,000 levels; another number of levels is brought to that scale.
+        scale = 1000 / self.schedule.num_timesteps
+        return self.diffusion_head(x_KRC, timestep_KR=timestep_KR * scale, z_KZ=z_KZ)
+
+
+
+def padded_vocab_size(config: ModelConfig, vocab_size: int) -> int:
+    """Rows of the word embeddings: alike in any layout, so that initial weights and checkpoints are too."""
+    multiple = config.make_vocab_size_divisible_by
+    return -(-vocab_size // multiple) * multiple
+
+
+def build_model(
+    config: ModelConfig, *, geometry: ImageGeometry, vocab_size: int, groups: ParallelGroups, seed: int
+) -> list[MMARModel]:
+    """The model chunks of this process: one, or several under the interleaved schedule."""
+    chunks = [None] if groups.virtual_pipeline_size is None else range(groups.virtual_pipeline_size)
+    return [
+        MMARModel(config, geometry=geometry, vocab_size=vocab_size, groups=groups, seed=seed, vp_stage=chunk)
+        for chunk in chunks
+    ]

@@ -1,0 +1,91 @@
+"""The visual path into the backbone: EmbeddingViT, VisProjector, 2-D positions.
+
+Suffixes: M images, N tokens of an image, C channels of a latent, V width of EmbeddingViT, D width of the backbone, H heads.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from mmar_megatron.config import EmbeddingViTConfig
+
+
+class PositionEmbedding2D(nn.Module):
+    """Learned position of a token in the image grid: the sum of a row's and a column's embedding."""
+
+    def __init__(self, *, grid_height: int, grid_width: int, width: int, std: float) -> None:
+        super().__init__()
+        self.row = nn.Parameter(torch.randn(grid_height, width) * std)
+        self.column = nn.Parameter(torch.randn(grid_width, width) * std)
+
+    def forward(self) -> Tensor:
+        """Embeddings of all tokens in raster order, [N, width]."""
+        return rearrange(self.row[:, None] + self.column[None, :], "h w d -> (h w) d")
+
+
+class ViTBlock(nn.Module):
+    """A pre-norm transformer block (ViT, arXiv 2010.11929)."""
+
+    def __init__(self, *, width: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, int(width * mlp_ratio))
+        self.fc2 = nn.Linear(int(width * mlp_ratio), width)
+
+    def forward(self, x_MNV: Tensor, *, bias_M1NN: Tensor) -> Tensor:
+        """[M, N, V] -> the same; `bias_M1NN` is added to the attention's logits."""
+        qkv = rearrange(self.qkv(self.norm1(x_MNV)), "m n (three h d) -> three m h n d", three=3, h=self.num_heads)
+        attended = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], attn_mask=bias_M1NN)
+        x_MNV = x_MNV + self.proj(rearrange(attended, "m h n d -> m n (h d)"))
+        return x_MNV + self.fc2(F.gelu(self.fc1(self.norm2(x_MNV))))
+
+
+class EmbeddingViT(nn.Module):
+    """Reads the clean, visible tokens of an image. Visible tokens attend among themselves only, so nothing of a masked one can leak."""
+
+    def __init__(self, config: EmbeddingViTConfig, *, channels: int, grid_height: int, grid_width: int) -> None:
+        super().__init__()
+        self.patch_embed = nn.Linear(channels, config.hidden_size)
+        self.position = PositionEmbedding2D(
+            grid_height=grid_height, grid_width=grid_width, width=config.hidden_size, std=0.02
+        )
+        self.blocks = nn.ModuleList(
+            ViTBlock(width=config.hidden_size, num_heads=config.num_attention_heads, mlp_ratio=config.mlp_ratio)
+            for _ in range(config.num_layers)
+        )
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.apply(_initialize_linear)
+
+    def forward(self, latents_MNC: Tensor, *, visible_MN: Tensor) -> Tensor:
+        """[M, N, C] -> [M, N, V]. What comes out at a token that is not visible depends on that token and must not be used."""
+        # Each token may also attend to itself: an image with no visible token would otherwise have empty softmax rows (NaN).
+        num_tokens = visible_MN.shape[1]
+        itself_NN = torch.eye(num_tokens, dtype=torch.bool, device=visible_MN.device)
+        allowed_MNN = visible_MN[:, None, :] | itself_NN
+        x_MNV = self.patch_embed(latents_MNC.to(self.patch_embed.weight.dtype)) + self.position()
+        bias_M1NN = torch.zeros_like(allowed_MNN, dtype=x_MNV.dtype).masked_fill_(~allowed_MNN, float("-inf"))[:, None]
+        for block in self.blocks:
+            x_MNV = block(x_MNV, bias_M1NN=bias_M1NN)
+        return self.norm(x_MNV)
+
+
+class Projector(nn.Sequential):
+    """Linear, GELU, linear: VisProjector into the backbone, and PostProjector out of it."""
+
+    def __init__(self, *, in_features: int, out_features: int) -> None:
+        super().__init__(nn.Linear(in_features, out_features), nn.GELU(), nn.Linear(out_features, out_features))
+        self.apply(_initialize_linear)
+
+
+def _initialize_linear(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases, as ViT and MAR have them."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)

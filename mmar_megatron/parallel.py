@@ -1,0 +1,113 @@
+"""Process groups. The only file that says `parallel_state`.
+
+megatron-core keeps its groups in a module of globals. We make them once, here, and pass them on as values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.distributed import ProcessGroup
+
+from mmar_megatron import platform
+from mmar_megatron.config import ParallelConfig
+
+platform.prepare_for_megatron()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelGroups:
+    """Where this process stands in the layout. The pipeline is outermost, then data, then tensor parallelism."""
+
+    tensor: ProcessGroup
+    pipeline: ProcessGroup
+    data: ProcessGroup
+    model: ProcessGroup
+    """Tensor x pipeline: the processes that hold one replica of the model."""
+    megatron: ProcessGroupCollection
+    """The same and more, in the form megatron-core's constructors take."""
+    virtual_pipeline_size: int | None
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the job."""
+        return torch.distributed.get_world_size()
+
+    @contextmanager
+    def main_process_first(self) -> Iterator[None]:
+        """Rank 0 runs the block before the others do."""
+        if torch.distributed.get_rank() > 0:
+            torch.distributed.barrier()
+        yield
+        if torch.distributed.get_rank() == 0:
+            torch.distributed.barrier()
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether the embedding is here."""
+        return self.pipeline.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether the heads and the loss are here."""
+        return self.pipeline.rank() == self.pipeline.size() - 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one process that writes reports: the last, for it has the loss in any layout."""
+        return torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+
+    def describe(self) -> str:
+        """The layout in one line."""
+        sizes = f"TP {self.tensor.size()} x PP {self.pipeline.size()} x DP {self.data.size()}"
+        return sizes + (f", {self.virtual_pipeline_size} chunks a stage" if self.virtual_pipeline_size else "")
+
+
+def initialize(config: ParallelConfig) -> ParallelGroups:
+    """Join the job and build the process groups of the layout.
+
+    Raises:
+        ValueError: the number of processes does not fit the layout.
+    """
+    platform.init_process_group()
+    world = torch.distributed.get_world_size()
+    model_parallel = config.tensor_model_parallel_size * config.pipeline_model_parallel_size
+    if world % model_parallel:
+        raise ValueError(
+            f"{world} processes cannot hold replicas of tensor_model_parallel_size {config.tensor_model_parallel_size} x "
+            f"pipeline_model_parallel_size {config.pipeline_model_parallel_size}: start a multiple of {model_parallel}."
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
+        context_parallel_size=config.context_parallel_size,
+        create_gloo_process_groups=True,
+    )
+    megatron = ProcessGroupCollection.use_mpu_process_groups()
+    return ParallelGroups(
+        tensor=megatron.tp,
+        pipeline=megatron.pp,
+        data=megatron.dp,
+        model=megatron.mp,
+        megatron=megatron,
+        virtual_pipeline_size=config.virtual_pipeline_model_parallel_size,
+    )
+
+
+def destroy() -> None:
+    """Forget the layout's groups; the job's own group stays, so that another layout can be built."""
+    parallel_state.destroy_model_parallel()
+
+
+def leave() -> None:
+    """Leave the job. Without it, gloo's threads of a finished process can abort the others."""
+    destroy()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,156 @@
+"""The machine: device, backend, seeds. The only file that says `torch.cuda`.
+
+megatron-core is written for CUDA. Where there is none, `prepare_for_megatron` lets the unmodified library run on CPU with gloo, by the
+shims below. It must run before anything imports megatron; `mmar_megatron.config` and `mmar_megatron.parallel` see to that.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import socket
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+HAS_CUDA = torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this process."""
+    return torch.device("cuda", torch.cuda.current_device()) if HAS_CUDA else torch.device("cpu")
+
+
+def device_name() -> str:
+    """As the vendor calls it, for reports and the table of peak FLOPs."""
+    return torch.cuda.get_device_name() if HAS_CUDA else "cpu"
+
+
+def synchronize() -> None:
+    """Wait for the device, so that a clock read afterwards is true."""
+    if HAS_CUDA:
+        torch.cuda.synchronize()
+
+
+def peak_memory_bytes() -> int | None:
+    """Largest device memory in use so far; None on CPU."""
+    return torch.cuda.max_memory_allocated() if HAS_CUDA else None
+
+
+def init_process_group() -> None:
+    """Join the job's process group: NCCL on GPUs, else gloo. One process needs no launcher."""
+    if torch.distributed.is_initialized():
+        return
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if HAS_CUDA:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group(backend="nccl", device_id=device())
+    else:
+        torch.distributed.init_process_group(backend="gloo")
+
+
+def seed_everything(seed: int, *, tensor_rank: int) -> None:
+    """Seed all generators alike on all ranks, but for megatron-core's own of model-parallel regions (dropout of split activations).
+
+    Initial weights and training data draw from none of these: they are functions of the seed and a name or a sample.
+    """
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, tp_rank=tensor_rank, ep_rank=0, etp_rank=tensor_rank, force_reset_rng=True)
+
+
+def rng_state() -> dict[str, Any]:
+    """All generators' states of this process, for checkpoints."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Undo of `rng_state`."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["device"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+@functools.cache
+def prepare_for_megatron() -> None:
+    """Make `import megatron.core` work on this machine. Does nothing to torch where there is a GPU."""
+    # megatron-core warns at import of each optional package that is absent, torch of its own deprecations; nobody can act on these.
+    for message in (".*[Tt]ransformer [Ee]ngine.*", ".*[Aa]pex.*", ".*not installed.*", ".*deprecated.*"):
+        warnings.filterwarnings("ignore", message=message, module=r"megatron\..*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|megatron)\..*")
+    # Its distributed optimizer looks at gradients of the shards, which are views, and finds none, as it should.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf", category=UserWarning)
+    if HAS_CUDA:
+        return
+    # megatron-core decides at import to compile its fused functions; on CPU the compiler costs minutes and gains nothing.
+    os.environ["TORCH_COMPILE_DISABLE"] = "1"
+    _map_cuda_device_to_cpu()
+    _map_cuda_generators_to_cpu()
+
+
+def _map_cuda_device_to_cpu() -> None:
+    """megatron-core names the current CUDA device when it makes buffers, and waits for streams."""
+    cpu = torch.device("cpu")
+    torch.cuda.current_device = lambda: cpu  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
+
+    def on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(factory)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            wanted = kwargs.get("device")
+            if wanted is not None and not isinstance(wanted, int) and torch.device(wanted).type == "cuda":
+                kwargs["device"] = cpu
+            return factory(*args, **kwargs)
+
+        return wrapped
+
+    # A TorchFunctionMode would be tidier but is not active inside backward and in other threads.
+    names = "tensor empty zeros ones full arange rand randn randint empty_like zeros_like ones_like full_like rand_like randn_like"
+    for name in names.split():
+        setattr(torch, name, on_cpu(getattr(torch, name)))
+
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    original_type = torch.Tensor.type
+
+    def type_as_on_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # The gradient clipping of megatron-core compares the string that `tensor.type()` gives with "torch.cuda.FloatTensor".
+        if args or kwargs:
+            return original_type(self, *args, **kwargs)
+        return original_type(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.type = type_as_on_cuda  # type: ignore[method-assign,assignment]
+
+
+def _map_cuda_generators_to_cpu() -> None:
+    """megatron-core forks CUDA generators for model-parallel regions and recomputation; here they are states of the CPU one."""
+    torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()  # type: ignore[assignment]
+    torch.cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)  # type: ignore[assignment]
+    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
+
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)

@@ -1,0 +1,1 @@
+"""Accounting: what a training step costs, and what a device can give."""

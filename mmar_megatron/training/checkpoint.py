@@ -1,0 +1,146 @@
+"""Checkpoints: megatron-core's distributed format with a manifest, visible under their name only when complete.
+
+    RUN_DIR/checkpoints/step_00001000/     the tensors, common.pt, metadata.json (megatron-core's), manifest.json (ours)
+
+Model, optimizer and loader state do not depend on the layout that wrote them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import megatron.core
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+import mmar_megatron
+from mmar_megatron import platform
+from mmar_megatron.engine.base import Engine
+from mmar_megatron.parallel import ParallelGroups
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step_(\d{8})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a run is: with model, optimizer and generators, all that a resumed run needs to know."""
+
+    step: int = 0
+    consumed_samples: int = 0
+    skipped_steps: int = 0
+
+
+def newest(run_dir: str | Path) -> Path | None:
+    """The complete checkpoint with the highest step in a run directory."""
+    found = [path for path in Path(run_dir, "checkpoints").glob("step_*") if _NAME.fullmatch(path.name)]
+    return max((path for path in found if (path / MANIFEST).is_file()), default=None)
+
+
+def resolve(path: str | Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest one of a run directory.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(path)
+    if (path / MANIFEST).is_file():
+        return path
+    found = newest(path)
+    if found is None:
+        raise ValueError(f"There is no checkpoint at {path}: give a directory step_XXXXXXXX with {MANIFEST}, or a run directory.")
+    return found
+
+
+def save(engine: Engine, *, run_dir: str | Path, progress: Progress, config_yaml: str, groups: ParallelGroups) -> Path:
+    """Write a checkpoint; all ranks call it together.
+
+    It is written under a temporary name, flushed to the disk and renamed by one process, so that a run killed at any moment leaves either
+    all of it or nothing that is ever looked at.
+    """
+    final = Path(run_dir, "checkpoints", f"step_{progress.step:08d}")
+    partial = final.with_name(f".{final.name}.partial")
+    is_main = torch.distributed.get_rank() == 0
+    if is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    torch.distributed.barrier()
+    state = {**engine.sharded_state_dict(), "progress": asdict(progress), **_generators(groups)}
+    dist_checkpointing.save(state, str(partial))
+    if is_main:
+        (partial / "config.yaml").write_text(config_yaml)
+        _write_manifest(partial, progress=progress)
+        partial.rename(final)
+        _flush(final.parent)
+    torch.distributed.barrier()
+    return final
+
+
+def load(engine: Engine, path: Path, *, groups: ParallelGroups) -> Progress:
+    """Continue from a checkpoint: model, optimizer, generators; all ranks call it together."""
+    generators = _generators(groups)
+    # The generators' states belong to one layout. Training draws no random number from them unless there is dropout.
+    saved = dist_checkpointing.load_sharded_metadata(str(path))
+    same_layout = all(value.key in {str(k).split("/shard")[0] for k in saved} for value in generators.values())
+    state = engine.sharded_state_dict(is_loading=True) | (generators if same_layout else {})
+    loaded = dist_checkpointing.load(state, str(path))
+    engine.load_state_dict(loaded)
+    if same_layout:
+        platform.set_rng_state(loaded["generators"])
+    return Progress(**loaded["progress"])
+
+
+def load_weights(engine: Engine, path: Path) -> None:
+    """Take the weights alone, for another stage of training; all ranks call it together."""
+    engine.load_weights(dist_checkpointing.load(engine.model_sharded_state_dict(), str(path)))
+
+
+def _generators(groups: ParallelGroups) -> dict[str, Any]:
+    """The generators' states of this rank; those of one model-parallel rank are alike on all its data-parallel replicas."""
+    tensor, pipeline = groups.tensor, groups.pipeline
+    key = f"generators.tp{tensor.size()}.pp{pipeline.size()}"
+    shape, place = (pipeline.size(), tensor.size()), (pipeline.rank(), tensor.rank())
+    return {"generators": ShardedObject(key, platform.rng_state(), shape, place, replica_id=groups.data.rank())}
+
+
+def _write_manifest(directory: Path, *, progress: Progress) -> None:
+    files = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                files[str(path.relative_to(directory))] = {
+                    "bytes": path.stat().st_size,
+                    "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+                }
+                os.fsync(file.fileno())
+    manifest = {
+        **asdict(progress),
+        "versions": {
+            "mmar_megatron": mmar_megatron.__version__,
+            "megatron_core": megatron.core.__version__,
+            "torch": torch.__version__,
+        },
+        "files": files,
+    }
+    with (directory / MANIFEST).open("w") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    _flush(directory)
+
+
+def _flush(directory: Path) -> None:
+    """Make the names in a directory durable, not only the files' contents."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,55 @@
+"""Pretrain an MMAR model.
+
+    python pretrain_mmar.py --config examples/configs/tiny.yaml [--section.key VALUE ...]
+    torchrun --nproc_per_node 8 pretrain_mmar.py --config ...
+
+`--help` lists every option, `--print_config` shows the resolved configuration, `--dry_run` validates and plans without training.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from mmar_megatron import parallel, platform
+from mmar_megatron.config import CommandLine, parse_command_line, validate_world
+from mmar_megatron.data.loader import DataSource
+from mmar_megatron.data.prepare import ensure_data
+from mmar_megatron.engine.native import NativeEngine
+from mmar_megatron.model.image_geometry import ImageGeometry
+from mmar_megatron.model.mmar_model import build_model
+from mmar_megatron.training.trainer import Trainer
+
+
+def build(command: CommandLine) -> Trainer:
+    """Build everything, in the order in which each part needs the one before."""
+    config = command.config
+    groups = parallel.initialize(config.parallel)
+    validate_world(config, world_size=groups.world_size)
+    platform.seed_everything(config.seed, tensor_rank=groups.tensor.rank())
+
+    with groups.main_process_first():
+        ensure_data(config.data)
+    source = DataSource(config.data)
+    model = build_model(
+        config.model,
+        geometry=ImageGeometry.of(source.codec),
+        vocab_size=source.tokenizer.vocab_size,
+        groups=groups,
+        seed=config.seed,
+    )
+    engine = NativeEngine(config, chunks=model, groups=groups)
+    return Trainer(command, engine=engine, groups=groups)
+
+
+def main(argv: list[str]) -> None:
+    """From the command line to the last step."""
+    try:
+        trainer = build(parse_command_line(argv))
+    except (ValueError, OSError) as error:  # what a user can mend: options, data, paths
+        sys.exit(f"error: {error}")
+    trainer.fit()
+    parallel.leave()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
