@@ -296,8 +296,6 @@ def _derived_backbone_fields(cfg: Namespace) -> dict[str, tuple[Any, str]]:
     derived["bf16"] = (dtype is torch.bfloat16, "precision.dtype")
     # Losses are sums that the training step divides once by the global counts; megatron-core must not divide by anything.
     derived["calculate_per_token_loss"] = (True, "the training step")
-    # Initial weights are a function of (seed, name), drawn after building (model/initialization.py).
-    derived["perform_initialization"] = (False, "model/initialization.py")
     derived["use_cpu_initialization"] = (not platform.HAS_CUDA, "the machine")
     return derived
 

@@ -77,7 +77,7 @@ def save(engine: Engine, *, run_dir: str | Path, progress: Progress, config_yaml
     dist_checkpointing.save(state, str(partial))
     if is_main:
         (partial / "config.yaml").write_text(config_yaml)
-        _write_manifest(partial, progress=progress)
+        _write_manifest(partial, progress=progress, groups=groups)
         partial.rename(final)
         _flush(final.parent)
     torch.distributed.barrier()
@@ -86,11 +86,9 @@ def save(engine: Engine, *, run_dir: str | Path, progress: Progress, config_yaml
 
 def load(engine: Engine, path: Path, *, groups: ParallelGroups) -> Progress:
     """Continue from a checkpoint: model, optimizer, generators; all ranks call it together."""
-    generators = _generators(groups)
-    # The generators' states belong to one layout. Training draws no random number from them unless there is dropout.
-    saved = dist_checkpointing.load_sharded_metadata(str(path))
-    same_layout = all(value.key in {str(k).split("/shard")[0] for k in saved} for value in generators.values())
-    state = engine.sharded_state_dict(is_loading=True) | (generators if same_layout else {})
+    # The generators' states belong to one layout. In another they start anew, which only dropout can tell.
+    same_layout = json.loads((path / MANIFEST).read_text())["layout"] == _layout(groups)
+    state = engine.sharded_state_dict(is_loading=True) | (_generators(groups) if same_layout else {})
     loaded = dist_checkpointing.load(state, str(path))
     engine.load_state_dict(loaded)
     if same_layout:
@@ -103,15 +101,18 @@ def load_weights(engine: Engine, path: Path) -> None:
     engine.load_weights(dist_checkpointing.load(engine.model_sharded_state_dict(), str(path)))
 
 
+def _layout(groups: ParallelGroups) -> dict[str, int]:
+    return {"tensor": groups.tensor.size(), "pipeline": groups.pipeline.size(), "data": groups.data.size()}
+
+
 def _generators(groups: ParallelGroups) -> dict[str, Any]:
     """The generators' states of this rank; those of one model-parallel rank are alike on all its data-parallel replicas."""
     tensor, pipeline = groups.tensor, groups.pipeline
-    key = f"generators.tp{tensor.size()}.pp{pipeline.size()}"
     shape, place = (pipeline.size(), tensor.size()), (pipeline.rank(), tensor.rank())
-    return {"generators": ShardedObject(key, platform.rng_state(), shape, place, replica_id=groups.data.rank())}
+    return {"generators": ShardedObject("generators", platform.rng_state(), shape, place, replica_id=groups.data.rank())}
 
 
-def _write_manifest(directory: Path, *, progress: Progress) -> None:
+def _write_manifest(directory: Path, *, progress: Progress, groups: ParallelGroups) -> None:
     files = {}
     for path in sorted(directory.rglob("*")):
         if path.is_file():
@@ -123,6 +124,7 @@ def _write_manifest(directory: Path, *, progress: Progress) -> None:
                 os.fsync(file.fileno())
     manifest = {
         **asdict(progress),
+        "layout": _layout(groups),
         "versions": {
             "mmar_megatron": mmar_megatron.__version__,
             "megatron_core": megatron.core.__version__,

@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "diffusion": BASE,
     "data": BASE,
     "model": BASE | {"diffusion", "data.batch"},
-    "engine": BASE | {"data.batch"},
+    "engine": BASE | {"data.batch", "model"},
     "hf": {"config", "diffusion"},
     "inference": CORE,
     "scaling": CORE,

@@ -1,0 +1,80 @@
+"""The one form in which data reaches the model: a microbatch of fixed shape.
+
+Axes: B sequences, S positions, M image slots (a fixed number for each microbatch; a slot may be empty), N tokens of an image,
+C channels of a token, R noise levels for each token (the timestep multiplier), F features of the alignment teacher.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a position whose next token is not to be learned."""
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """One microbatch. All randomness of training is in here, drawn from (seed, sample id, epoch), so that no layout changes it."""
+
+    tokens_BS: Tensor
+    """int64: text and special tokens; the image placeholder at each image position; padding at the end."""
+    labels_BS: Tensor
+    """int64: the token that follows, where it is to be learned; else `IGNORE`."""
+    position_ids_BS: Tensor
+    """int64: position within the document, from 0."""
+    document_ids_BS: Tensor
+    """int64: which document of the row; -1 on padding. There is no attention between documents."""
+    span_ids_BS: Tensor
+    """int64: which image of the row, from 0; -1 on text. Attention is bidirectional within a span."""
+
+    latents_MNC: Tensor
+    """float32: clean image tokens in raster order; 0 in an empty slot."""
+    image_positions_MN: Tensor
+    """int64: where each image token stands, as b * S + s; 0 in an empty slot, which is neither visible nor masked."""
+    visible_MN: Tensor
+    """bool: the token is read, through EmbeddingViT."""
+    masked_MN: Tensor
+    """bool: the token is hidden and to be predicted. Image positions that are not visible carry the mask embedding."""
+    timesteps_MNR: Tensor
+    """float32 in [0, 1): the noise level as a share of the schedule's length."""
+    noise_MNRC: Tensor
+    """float32: standard normal."""
+    teacher_MNF: Tensor | None = None
+    """float32: features of a frozen vision model for clean images, where the shards hold them."""
+
+    sample_ids_B: Tensor
+    """int64: global id of the sample in each row (its index in the data set), for reports."""
+
+    @property
+    def num_labels(self) -> Tensor:
+        """Number of text tokens in the loss, int64 scalar."""
+        return (self.labels_BS != IGNORE).sum()
+
+    @property
+    def num_masked(self) -> Tensor:
+        """Number of image tokens in the loss, int64 scalar."""
+        return self.masked_MN.sum()
+
+    @property
+    def num_aligned(self) -> Tensor:
+        """Number of image tokens in the alignment loss, int64 scalar."""
+        return self.visible_MN.sum() if self.teacher_MNF is not None else torch.zeros_like(self.num_masked)
+
+    def without_losses(self) -> Batch:
+        """The same batch with nothing to learn: filler where a number of microbatches is wanted."""
+        return replace(
+            self, labels_BS=torch.full_like(self.labels_BS, IGNORE), masked_MN=torch.zeros_like(self.masked_MN), teacher_MNF=None
+        )
+
+    def to(self, device: torch.device, *, non_blocking: bool = True) -> Batch:
+        """The same batch on another device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{k: v if v is None else v.to(device, non_blocking=non_blocking) for k, v in moved.items()})
+
+    def pin_memory(self) -> Batch:
+        """Called by torch's DataLoader where the batch goes to a GPU."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{k: v if v is None else v.pin_memory() for k, v in moved.items()})

@@ -1,0 +1,71 @@
+"""Image codecs: picture <-> continuous tokens.
+
+Axes: H, W pixels, C channels of a token, N tokens of an image in raster order; "..." any leading axes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from einops import rearrange
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from mmar_megatron.config import CodecConfig
+
+
+class ImageCodec(Protocol):
+    """What loader, model and sampler need to know of a codec."""
+
+    grid_height: int
+    grid_width: int
+    num_tokens: int
+    channels: int
+    image_size: int
+    fingerprint: str
+
+    def encode(self, image_HW3: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Pixels [..., H, W, 3] -> tokens [..., N, C]."""
+
+    def decode(self, tokens_NC: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """Tokens [..., N, C] -> pixels [..., H, W, 3]."""
+
+
+class PatchCodec:
+    """The pixels of each patch, scaled to [-1, 1], are one token: `decode(encode(image))` is the image, to the bit.
+
+    Args:
+        image_size: pixels along each side of the image.
+        patch_size: pixels along each side of a patch; C = 3 * patch_size ** 2.
+
+    Raises:
+        ValueError: the image does not divide into patches.
+    """
+
+    def __init__(self, *, image_size: int, patch_size: int) -> None:
+        if image_size % patch_size:
+            raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}: change one of them")
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.grid_height = self.grid_width = image_size // patch_size
+        self.num_tokens = self.grid_height * self.grid_width
+        self.channels = 3 * patch_size**2
+        self.fingerprint = f"patch, image_size {image_size}, patch_size {patch_size}"
+
+    def encode(self, image_HW3: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Pixels uint8 [..., H, W, 3] -> tokens float32 [..., N, C] in [-1, 1]."""
+        scaled_HW3 = image_HW3.astype(np.float32) / np.float32(127.5) - np.float32(1)
+        ph = pw = self.patch_size
+        return rearrange(scaled_HW3, "... (gh ph) (gw pw) c -> ... (gh gw) (ph pw c)", ph=ph, pw=pw)
+
+    def decode(self, tokens_NC: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """Tokens [..., N, C] -> pixels uint8 [..., H, W, 3]; values outside [-1, 1] are clipped."""
+        sizes = {"gh": self.grid_height, "ph": self.patch_size, "pw": self.patch_size}
+        scaled_HW3 = rearrange(tokens_NC, "... (gh gw) (ph pw c) -> ... (gh ph) (gw pw) c", **sizes)
+        return np.rint((scaled_HW3.clip(-1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+def build_codec(config: CodecConfig) -> ImageCodec:
+    """The codec of `data.codec`."""
+    return PatchCodec(image_size=config.image_size, patch_size=config.patch_size)

@@ -1,0 +1,64 @@
+"""A run that is interrupted and continued is the uninterrupted one, to the last printed digit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.common import MODEL, make_data
+from tests.distributed.launch import run_group
+
+SCHEDULE = [
+    *("--train.steps", "6", "--train.log_every", "1", "--validation.every", "3", "--validation.samples", "8"),
+    *("--checkpoint.every", "3", "--preview.every", "6", "--preview.images", "2", "--preview.rounds", "2"),
+    *("--preview.sampling_steps", "3"),
+]
+CASES: dict[str, tuple[int, list[str]]] = {
+    "one process, dropout": (1, ["--model.backbone.hidden_dropout", "0.1", "--model.backbone.attention_dropout", "0.1"]),
+    "TP2 PP2 SP": (
+        4,
+        [
+            *("--parallel.tensor_model_parallel_size", "2", "--parallel.pipeline_model_parallel_size", "2"),
+            *("--parallel.sequence_parallel", "true"),
+        ],
+    ),
+    "DP2 bf16 overlap": (
+        2,
+        [
+            *("--precision.dtype", "bf16", "--data.num_workers", "1"),
+            *("--parallel.overlap_grad_reduce", "true", "--parallel.overlap_param_gather", "true"),
+        ],
+    ),
+}
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    """What was logged, without what a clock decides."""
+    clocked = {"step_time_s", "samples_per_second", "tokens_per_second", "tflops_per_device", "mfu"}
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in clocked} for line in lines]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", CASES)
+def test_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
+    nproc, options = CASES[name]
+    data = make_data(tmp_path / "shapes")
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    arguments = [*MODEL, *SCHEDULE, *options, "--data.path", str(data)]
+    run_group("pretrain_mmar.py", *arguments, "--run_dir", str(whole), nproc=nproc)
+
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step_00000006")
+    shutil.rmtree(resumed / "previews")
+    output = run_group("pretrain_mmar.py", *arguments, "--run_dir", str(resumed), nproc=nproc)
+
+    assert f"continues {resumed}/checkpoints/step_00000003 at step 3" in output
+    assert [row["step"] for row in rows(resumed)] == [1, 2, 3, 4, 5, 6]
+    assert rows(resumed) == rows(whole)
+    preview = "previews/step_00000006.png"
+    assert (resumed / preview).read_bytes() == (whole / preview).read_bytes()

@@ -1,0 +1,293 @@
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mmar_megatron.config import CodecConfig, DataConfig, MaskRatioConfig, TaskConfig
+from mmar_megatron.data.batch import IGNORE, Batch
+from mmar_megatron.data.codec import PatchCodec
+from mmar_megatron.data.loader import DataSource, TrainLoader, ValidationLoader
+from mmar_megatron.data.prepare import Record, ensure_data, write_dataset
+from mmar_megatron.data.shards import Split
+from mmar_megatron.data.tokenizer import train_sentencepiece
+from tests.unit.data.conftest import TRAIN, VALIDATION
+from tests.unit.data.damage import damage_image
+
+R = 3
+
+
+def train_loader(config: DataConfig, **overrides: Any) -> TrainLoader:
+    defaults = {"seed": 5, "timestep_multiplier": R, "micro_batch_size": 2, "global_batch_size": 8}
+    return TrainLoader(config, **{**defaults, **overrides})
+
+
+def validation_loader(config: DataConfig, **overrides: Any) -> ValidationLoader:
+    defaults = {
+        "seed": 5,
+        "timesteps": R,
+        "mask_ratios": [0.5, 1.0],
+        "samples": 10,
+        "micro_batch_size": 4,
+        "task": "text_to_image",
+    }
+    return ValidationLoader(config, **{**defaults, **overrides})
+
+
+def rows(batch: Batch) -> Iterator[tuple[bytes, ...]]:
+    """All that each row holds, in a form that can be compared and counted; image positions as counted from the row's begin."""
+    batch = replace(batch, image_positions_MN=batch.image_positions_MN % batch.tokens_BS.shape[1])
+    tensors = [tensor for field in fields(batch) if (tensor := getattr(batch, field.name)) is not None]
+    for row in zip(*tensors, strict=True):
+        yield tuple(tensor.numpy().tobytes() for tensor in row)
+
+
+def all_rows(batches: Iterator[Batch] | list[Batch]) -> list[tuple[bytes, ...]]:
+    return [row for batch in batches for row in rows(batch)]
+
+
+def task_of(batch: Batch, b: int, source: DataSource) -> str:
+    if (batch.labels_BS[b] != IGNORE).any():
+        return "image_to_text"
+    return "image_only" if batch.tokens_BS[b, 1] == source.tokenizer.begin_image_id else "text_to_image"
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_each_step_has_the_same_rows_at_any_number_of_ranks(config: DataConfig, ranks: int) -> None:
+    one = iter(train_loader(config))
+    many = [iter(train_loader(config, data_parallel_rank=r, data_parallel_size=ranks)) for r in range(ranks)]
+    for _ in range(10):
+        expected = all_rows(islice(one, 4))
+        found = all_rows([batch for loader in many for batch in islice(loader, 4 // ranks)])
+        assert Counter(found) == Counter(expected)
+
+
+def test_micro_batch_size_does_not_change_a_step(config: DataConfig) -> None:
+    small, large = (all_rows(islice(train_loader(config, micro_batch_size=b), 16 // b)) for b in (1, 4))
+    assert small == large
+
+
+def test_resumes_from_one_integer(config: DataConfig) -> None:
+    uninterrupted = all_rows(islice(train_loader(config), 60))
+    resumed = all_rows(islice(train_loader(config, start_sample=7 * 8), 60 - 7 * 4))
+    assert resumed == uninterrupted[7 * 8 :]
+
+
+def test_workers_change_nothing_not_even_the_global_random_state(config: DataConfig) -> None:
+    state = torch.get_rng_state()
+    in_process, in_workers = (all_rows(islice(train_loader(replace(config, num_workers=w)), 30)) for w in (0, 2))
+    assert in_workers == in_process
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_each_epoch_has_each_sample_once_in_another_order(config: DataConfig) -> None:
+    loader = train_loader(config, micro_batch_size=4, global_batch_size=4)
+    ids = [i for batch in islice(loader, 3 * TRAIN // 4) for i in batch.sample_ids_B.tolist()]
+    epochs = [ids[e * TRAIN : (e + 1) * TRAIN] for e in range(3)]
+    assert all(sorted(epoch) == list(range(TRAIN)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_all_randomness_is_new_in_each_epoch_and_for_each_seed(config: DataConfig) -> None:
+    only_images = replace(config, tasks=TaskConfig(text_to_image=1, image_to_text=0, image_only=0))
+    first, second = (
+        {int(i): noise for batch in batches for i, noise in zip(batch.sample_ids_B, batch.noise_MNRC, strict=True)}
+        for loader in [iter(train_loader(only_images))]
+        for batches in (list(islice(loader, TRAIN // 2)), list(islice(loader, TRAIN // 2)))
+    )
+    assert all(not torch.equal(first[i], second[i]) for i in range(TRAIN))
+    other = next(iter(train_loader(only_images, seed=6)))
+    assert not torch.equal(other.noise_MNRC[0], first[int(other.sample_ids_B[0])])
+
+
+def test_every_step_has_nearly_the_configured_tasks(config: DataConfig) -> None:
+    tasks = TaskConfig(text_to_image=0.5, image_to_text=0.25, image_only=0.25)
+    loader = train_loader(replace(config, tasks=tasks, caption_dropout=0), micro_batch_size=16, global_batch_size=16)
+    for batch in islice(loader, 20):
+        counts = Counter(task_of(batch, b, loader.source) for b in range(16))
+        assert abs(counts["text_to_image"] - 8) <= 2
+        assert abs(counts["image_to_text"] - 4) <= 2
+        assert abs(counts["image_only"] - 4) <= 2
+
+
+def test_dropped_captions_leave_the_image_only(config: DataConfig) -> None:
+    tasks = TaskConfig(text_to_image=1, image_to_text=0)
+    loader = train_loader(replace(config, tasks=tasks, caption_dropout=0.25), micro_batch_size=8)
+    found = Counter(task_of(batch, b, loader.source) for batch in islice(loader, 100) for b in range(8))
+    assert found.keys() == {"text_to_image", "image_only"}
+    assert 0.2 < found["image_only"] / 800 < 0.3
+
+
+def test_rows_hold_the_samples_text_and_image(config: DataConfig) -> None:
+    loader = train_loader(replace(config, caption_dropout=0), micro_batch_size=8)
+    source, reader = loader.source, loader.source.reader("train")
+    for batch in islice(loader, 5):
+        for b, sample_id in enumerate(batch.sample_ids_B.tolist()):
+            sample = reader.read(sample_id)
+            assert source.tokenizer.decode(batch.tokens_BS[b].tolist()) == sample.captions["en"][0]
+            assert (source.codec.decode(batch.latents_MNC[b].numpy()) == sample.image_HW3).all()
+            masked = int(batch.masked_MN[b].sum())
+            assert masked == 0 if task_of(batch, b, source) == "image_to_text" else 45 <= masked <= 64
+
+
+def test_mask_ratio_follows_the_configuration(config: DataConfig) -> None:
+    tasks, ratio = TaskConfig(text_to_image=1, image_to_text=0), MaskRatioConfig(distribution="uniform", minimum=0)
+    batches = list(islice(train_loader(replace(config, tasks=tasks, mask_ratio=ratio)), 100))
+    masked = torch.cat([batch.masked_MN.sum(dim=1) for batch in batches])
+    assert (masked.min() >= 1, masked.min() < 8, masked.max() > 56) == (True, True, True)
+    noise, levels = (torch.cat([getattr(b, name) for b in batches]) for name in ("noise_MNRC", "timesteps_MNR"))
+    torch.testing.assert_close(torch.stack([noise.mean(), noise.std()]), torch.tensor([0.0, 1.0]), atol=0.01, rtol=0)
+    torch.testing.assert_close(torch.stack([levels.mean(), levels.std()]), torch.tensor([0.5, 12**-0.5]), atol=0.01, rtol=0)
+
+
+def test_batch_sizes_must_divide(config: DataConfig) -> None:
+    with pytest.raises(ValueError, match="global_batch_size 8 is not a multiple of micro_batch_size 3 x 2"):
+        train_loader(config, micro_batch_size=3, data_parallel_size=2)
+
+
+def test_long_captions_are_cut_and_counted(config: DataConfig) -> None:
+    loader = train_loader(
+        replace(config, sequence_length=64 + 4 + 16, caption_dropout=0), micro_batch_size=TRAIN, global_batch_size=TRAIN
+    )
+    source = loader.source
+    next(iter(loader))
+    lengths = [
+        n for shard in source.index.shards if shard.split == "train" for tokens in shard.caption_tokens for n in tokens["en"]
+    ]
+    assert loader.counts.truncated == sum(n > 16 for n in lengths) > 0
+
+
+def test_bad_images_are_counted_and_replaced_alike_at_any_layout(shapes_copy: Path, config: DataConfig) -> None:
+    for number in (3, 4, 40):
+        damage_image(shapes_copy, split="train", number=number)
+    damaged = replace(config, path=str(shapes_copy), max_bad_fraction=0.2)
+    loaders = [train_loader(damaged), train_loader(replace(damaged, num_workers=2))]
+    loaders += [train_loader(damaged, data_parallel_rank=r, data_parallel_size=2) for r in range(2)]
+    one, workers, *halves = (all_rows(islice(loader, n)) for loader, n in zip(loaders, (60, 60, 30, 30), strict=True))
+    assert one == workers
+    assert Counter(halves[0] + halves[1]) == Counter(one)
+    # Two epochs of 60 samples; 3 gives way over 4, so it counts twice.
+    assert [loader.counts.skipped for loader in loaders[:2]] == [8, 8]
+    assert sum(loader.counts.skipped for loader in loaders[2:]) == 8
+
+
+def test_too_many_bad_images(shapes_copy: Path, config: DataConfig) -> None:
+    for number in range(0, TRAIN, 4):
+        damage_image(shapes_copy, split="train", number=number)
+    damaged = replace(config, path=str(shapes_copy), max_bad_fraction=0.1)
+    with pytest.raises(ValueError, match=r"7 images could not be decoded .* more than data.max_bad_fraction = 0.1"):
+        list(islice(train_loader(damaged, micro_batch_size=1, global_batch_size=1), TRAIN))
+
+
+def test_other_tokenizer_names_both(config: DataConfig, tmp_path: Path) -> None:
+    other = tmp_path / "other.model"
+    other.write_bytes(train_sentencepiece(["something else altogether"] * 10, vocab_size=300))
+    with pytest.raises(ValueError, match=r"made with the tokenizer [0-9a-f]{16}\.\.\., but .*other.model is [0-9a-f]{16}\.\.\."):
+        DataSource(replace(config, tokenizer=str(other)))
+
+
+def test_other_codec_names_both(config: DataConfig) -> None:
+    with pytest.raises(
+        ValueError, match=r"codec \(patch, image_size 32, patch_size 4\), data.codec is \(patch, .* patch_size 8\)"
+    ):
+        DataSource(replace(config, codec=CodecConfig(patch_size=8)))
+
+
+def test_other_languages(config: DataConfig) -> None:
+    with pytest.raises(ValueError, match=r"has captions in \['en'\], but data.languages is \['zh'\]"):
+        DataSource(replace(config, languages=["zh"]))
+
+
+def test_missing_split(shapes_copy: Path, config: DataConfig) -> None:
+    file = shapes_copy / "index.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "shards": content["shards"][:1]}))
+    with pytest.raises(ValueError, match="has no validation samples"):
+        validation_loader(replace(config, path=str(shapes_copy)))
+
+
+@pytest.mark.parametrize("task", ["text_to_image", "image_to_text"])
+def test_validation_is_the_same_at_any_layout(config: DataConfig, task: str) -> None:
+    one = all_rows(iter(validation_loader(config, task=task)))
+    halves = [
+        validation_loader(config, task=task, micro_batch_size=3, data_parallel_rank=r, data_parallel_size=2) for r in range(2)
+    ]
+    assert [len(half) for half in halves] == [2, 2]
+    batches = [batch for half in halves for batch in half]
+    assert all(len(batch.tokens_BS) == 3 for batch in batches)
+    assert Counter(all_rows(batches)) == Counter(one)
+    ids = sorted(i for batch in batches for i in batch.sample_ids_B.tolist())
+    assert ids == [-1, -1, *(TRAIN + i * VALIDATION // 10 for i in range(10))]
+
+
+def test_validation_grid(config: DataConfig) -> None:
+    batches = list(validation_loader(config))
+    masked = [int(n) for batch in batches for n in batch.masked_MN.sum(dim=1)]
+    assert masked == [32, 64] * 5 + [0, 0]
+    assert batches[0].timesteps_MNR[0, 7].tolist() == pytest.approx([1 / 6, 3 / 6, 5 / 6])
+    assert all_rows(batches) == all_rows(iter(validation_loader(config)))
+    assert all_rows(batches) != all_rows(iter(validation_loader(config, seed=6)))
+
+
+def test_validation_reads_at_most_the_split(config: DataConfig) -> None:
+    ids = [i for batch in validation_loader(config, samples=1000) for i in batch.sample_ids_B.tolist()]
+    assert ids == [*range(TRAIN, TRAIN + VALIDATION), -1, -1]
+
+
+def test_wrong_condition_changes_the_condition_alone(config: DataConfig) -> None:
+    def pairs(task: str) -> Iterator[tuple[Batch, Batch]]:
+        loaders = (validation_loader(config, task=task, micro_batch_size=1, wrong_condition=wrong) for wrong in (False, True))
+        return zip(*loaders, strict=True)
+
+    for right, wrong in pairs("text_to_image"):
+        for name in ("latents_MNC", "masked_MN", "timesteps_MNR", "noise_MNRC", "sample_ids_B"):
+            assert torch.equal(getattr(right, name), getattr(wrong, name))
+        assert not torch.equal(right.tokens_BS, wrong.tokens_BS)
+    for right, wrong in pairs("image_to_text"):
+        for name in ("tokens_BS", "labels_BS", "sample_ids_B"):
+            assert torch.equal(getattr(right, name), getattr(wrong, name))
+        assert not torch.equal(right.latents_MNC, wrong.latents_MNC)
+
+
+def write_gray(out: Path, captions: dict[Split, list[str]]) -> DataConfig:
+    """A data set of gray pictures with these captions."""
+    records = [
+        Record(
+            key=f"{split}{number}",
+            split=split,
+            captions={"en": [text]},
+            image=lambda number=number: np.full((32, 32, 3), number, np.uint8),  # type: ignore[misc]
+        )
+        for split, texts in captions.items()
+        for number, text in enumerate(texts)
+    ]
+    codec = PatchCodec(image_size=32, patch_size=4)
+    write_dataset(out, records=records, codec=codec, made_by={}, vocab_size=270, log=lambda _: None)
+    return DataConfig(path=str(out), num_workers=0)
+
+
+def test_wrong_condition_has_another_caption_even_among_many_alike(tmp_path: Path) -> None:
+    config = write_gray(tmp_path / "gray", {"train": ["aa bb"], "validation": ["aa", "aa", "aa", "bb", "aa", "aa"]})
+    batch = next(iter(validation_loader(config, micro_batch_size=6, wrong_condition=True)))
+    decode = DataSource(config).tokenizer.decode
+    assert [decode(tokens) for tokens in batch.tokens_BS.tolist()] == ["bb", "bb", "bb", "aa", "bb", "bb"]
+
+    alike = write_gray(tmp_path / "alike", {"train": ["aa bb"], "validation": ["aa", "aa"]})
+    with pytest.raises(ValueError, match=r"have the caption 'aa': none can be wrong"):
+        next(iter(validation_loader(alike, wrong_condition=True)))
+
+
+def test_data_are_made_on_first_use_and_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ensure_data(DataConfig(path=str(tmp_path / "not-to-be-generated")))
+    assert list(tmp_path.iterdir()) == []
+    config = DataConfig(path=str(tmp_path / "shapes"), generate="shapes", num_workers=0)
+    ensure_data(config)
+    ensure_data(config)
+    assert capsys.readouterr().out.count("\n") == 1
+    assert len(train_loader(config).source.reader("train")) == 8000

@@ -1,0 +1,122 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mmar_megatron.data.batch import IGNORE, Batch
+from mmar_megatron.data.sequence import Document, DocumentBuilder, DocumentImage, assemble
+from mmar_megatron.data.tokenizer import Tokenizer, load_tokenizer
+
+N, C, R = 4, 3, 2
+TEXT = [300, 301, 302]
+
+
+@pytest.fixture
+def tokenizer(shapes_dir: Path) -> Tokenizer:
+    return load_tokenizer(shapes_dir)
+
+
+def image(masked: list[bool] | None = None) -> DocumentImage:
+    generator = np.random.default_rng(0)
+    return DocumentImage(
+        latents_NC=generator.random((N, C), dtype=np.float32),
+        masked_N=np.array(masked or [False] * N),
+        timesteps_NR=generator.random((N, R), dtype=np.float32) if masked else None,
+        noise_NRC=generator.random((N, R, C), dtype=np.float32) if masked else None,
+    )
+
+
+def build(tokenizer: Tokenizer, sequence_length: int = 16) -> DocumentBuilder:
+    return DocumentBuilder(tokenizer, num_tokens=N, sequence_length=sequence_length)
+
+
+def names(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    roles = {getattr(tokenizer, f"{role}_id"): role for role in ("bos", "eos", "pad", "begin_image", "end_image", "image")}
+    return [roles.get(i, str(i)) for i in ids]
+
+
+def test_text_to_image_layout(tokenizer: Tokenizer) -> None:
+    document = build(tokenizer).text_to_image(TEXT, image=image([True, False, True, True]), sample_id=9)
+    expected = ["bos", "300", "301", "302", "begin_image", *["image"] * N, "end_image", "eos"]
+    assert names(tokenizer, document.tokens_L) == expected
+    assert set(document.labels_L) == {IGNORE}
+    assert document.image_start == 5
+
+
+def test_image_only_is_text_to_image_without_text(tokenizer: Tokenizer) -> None:
+    document = build(tokenizer).text_to_image([], image=image([True] * N), sample_id=9)
+    assert names(tokenizer, document.tokens_L) == ["bos", "begin_image", *["image"] * N, "end_image", "eos"]
+    assert document.image_start == 2
+
+
+def test_image_to_text_layout(tokenizer: Tokenizer) -> None:
+    document = build(tokenizer).image_to_text(TEXT, image=image(), sample_id=9)
+    expected = ["bos", "begin_image", *["image"] * N, "end_image", "300", "301", "302", "eos"]
+    assert names(tokenizer, document.tokens_L) == expected
+    learned = {position: label for position, label in enumerate(document.labels_L) if label != IGNORE}
+    end_image = expected.index("end_image")
+    assert learned == {end_image: 300, end_image + 1: 301, end_image + 2: 302, end_image + 3: tokenizer.eos_id}
+    assert document.image_start == 2
+
+
+def test_long_text_is_cut_and_then_has_no_end(tokenizer: Tokenizer) -> None:
+    builder = build(tokenizer, sequence_length=N + 4 + 2)
+    painted = builder.text_to_image(TEXT, image=image([True] * N), sample_id=0)
+    assert len(painted.tokens_L) == N + 4 + 2
+    told = builder.image_to_text(TEXT, image=image(), sample_id=0)
+    assert told.tokens_L[-2:] == TEXT[:2]
+    assert [label for label in told.labels_L if label != IGNORE] == TEXT[:2]
+    assert len(told.labels_L) == len(told.tokens_L)
+
+
+def test_no_room_for_text(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=f"set data.sequence_length to {N + 5}"):
+        build(tokenizer, sequence_length=N + 4)
+
+
+def batch_of(rows: list[list[Document]], pad_id: int, images_per_row: int = 1) -> Batch:
+    return assemble(
+        rows, sequence_length=24, images_per_row=images_per_row, image_shape=(N, C), timestep_multiplier=R, pad_id=pad_id
+    )
+
+
+def test_batch_of_one_document_and_an_empty_row(tokenizer: Tokenizer) -> None:
+    masked = [True, False, True, True]
+    document = build(tokenizer).text_to_image(TEXT, image=image(masked), sample_id=9)
+    batch = batch_of([[], [document]], tokenizer.pad_id)
+    length = len(document.tokens_L)
+
+    assert batch.sample_ids_B.tolist() == [-1, 9]
+    assert batch.tokens_BS[1].tolist() == document.tokens_L + [tokenizer.pad_id] * (24 - length)
+    assert batch.position_ids_BS[1].tolist() == [*range(length), *[0] * (24 - length)]
+    assert batch.document_ids_BS[1].tolist() == [0] * length + [-1] * (24 - length)
+    assert batch.span_ids_BS[1].tolist() == [-1] * 5 + [0] * N + [-1] * (24 - 5 - N)
+    assert (batch.tokens_BS.flatten()[batch.image_positions_MN[1]] == tokenizer.image_id).all()
+    assert batch.image_positions_MN[1].tolist() == [24 + 5 + n for n in range(N)]
+    assert batch.masked_MN[1].tolist() == masked
+    assert batch.visible_MN[1].tolist() == [not m for m in masked]
+    np.testing.assert_array_equal(batch.latents_MNC[1], document.image.latents_NC)
+    np.testing.assert_array_equal(batch.timesteps_MNR[1], document.image.timesteps_NR)
+    np.testing.assert_array_equal(batch.noise_MNRC[1], document.image.noise_NRC)
+
+    assert set(batch.tokens_BS[0].tolist()) == {tokenizer.pad_id}
+    assert set(batch.labels_BS[0].tolist()) == {IGNORE}
+    assert set(batch.document_ids_BS[0].tolist()) == {-1}
+    assert not batch.visible_MN[0].any()
+    assert not batch.masked_MN[0].any()
+    assert batch.num_labels == 0
+    assert batch.num_masked == 3
+
+
+def test_two_documents_in_a_row(tokenizer: Tokenizer) -> None:
+    first = build(tokenizer).text_to_image([], image=image([True] * N), sample_id=1)
+    second = build(tokenizer).image_to_text(TEXT, image=image(), sample_id=2)
+    batch = batch_of([[first, second]], tokenizer.pad_id, images_per_row=2)
+    a, b = len(first.tokens_L), len(second.tokens_L)
+    assert batch.position_ids_BS[0, : a + b].tolist() == [*range(a), *range(b)]
+    assert batch.document_ids_BS[0].tolist() == [0] * a + [1] * b + [-1] * (24 - a - b)
+    assert batch.image_positions_MN.tolist() == [[2 + n for n in range(N)], [a + 2 + n for n in range(N)]]
+    assert [int((batch.span_ids_BS == span).sum()) for span in (0, 1)] == [N, N]
+    assert batch.labels_BS[0, a : a + b].tolist() == second.labels_L
+    assert torch.equal(batch.visible_MN, torch.tensor([[False] * N, [True] * N]))
