@@ -11,7 +11,8 @@ from __future__ import annotations
 import sys
 
 from mmar_megatron import parallel, platform
-from mmar_megatron.config import CommandLine, parse_command_line, validate_world
+from mmar_megatron.config import CommandLine, parse_command_line
+from mmar_megatron.config_checks import validate_world
 from mmar_megatron.data.loader import DataSource
 from mmar_megatron.data.prepare import ensure_data
 from mmar_megatron.engine.native import NativeEngine

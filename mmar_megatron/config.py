@@ -18,11 +18,13 @@ from typing import Any, Literal, NoReturn
 
 import torch
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from mmar_megatron import platform
+from mmar_megatron.config_checks import validate
 
 platform.prepare_for_megatron()
+set_parsing_settings(docstring_parse_attribute_docstrings=True)  # --help shows the line under each field
 
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
@@ -39,7 +41,10 @@ class EmbeddingViTConfig:
 
 @dataclass(kw_only=True)
 class HeadConfig:
-    """The diffusion head: MAR's residual MLP. MAR's sizes (depth x width): default 3 x 1024, B 6 x 1024, L 8 x 1280, H 12 x 1536."""
+    """The diffusion head: MAR's residual MLP.
+
+    MAR's sizes (depth x width): default 3 x 1024, B 6 x 1024, L 8 x 1280, H 12 x 1536.
+    """
 
     depth: int = 3
     width: int = 1024
@@ -67,7 +72,7 @@ class ModelConfig:
     """The MMAR model: backbone, EmbeddingViT, projectors, diffusion head."""
 
     # No instance as default: it would fill sizes that follow from others (ffn_hidden_size from hidden_size) too early.
-    backbone: TransformerConfig = field(default_factory=dict)  # type: ignore[arg-type]
+    backbone: TransformerConfig = field(default_factory=dict)
     """megatron-core's `TransformerConfig`: any of its fields by its own name."""
     embedding_vit: EmbeddingViTConfig = field(default_factory=EmbeddingViTConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
@@ -132,7 +137,7 @@ class DataConfig:
     generate: Literal["shapes"] | None = None
     """Make this data set at `path` if nothing is there yet."""
     tokenizer: str | None = None
-    """SentencePiece model, or directory or tokenizer.json of a Hugging Face tokenizer; none: the `tokenizer.model` beside the index."""
+    """SentencePiece model, or directory or tokenizer.json of Hugging Face; none: the `tokenizer.model` beside the index."""
     codec: CodecConfig = field(default_factory=CodecConfig)
     sequence_length: int = 128
     tasks: TaskConfig = field(default_factory=TaskConfig)
@@ -162,6 +167,8 @@ class ParallelConfig:
     """Overlap pipeline communication with computation (used by the interleaved schedule)."""
     overlap_grad_reduce: bool = False
     """Overlap the data-parallel gradient reduction with the backward pass."""
+    grad_bucket_size: int | None = None
+    """Parameters in one such reduction; none: megatron-core's choice."""
     overlap_param_gather: bool = False
     """Overlap the gather of updated parameters with the next forward pass."""
 
@@ -292,7 +299,7 @@ def _derived_backbone_fields(cfg: Namespace) -> dict[str, tuple[Any, str]]:
     # Overlap exists in the interleaved schedule alone; megatron-core refuses batched communication beside it.
     derived["overlap_p2p_comm"] = (interleaved and parallel.overlap_p2p_comm, "parallel.overlap_p2p_comm")
     derived["batch_p2p_comm"] = (not interleaved, "parallel.virtual_pipeline_model_parallel_size")
-    derived |= {name: (dtype, "precision.dtype") for name in ("params_dtype", "pipeline_dtype")}
+    derived |= dict.fromkeys(("params_dtype", "pipeline_dtype"), (dtype, "precision.dtype"))
     derived["bf16"] = (dtype is torch.bfloat16, "precision.dtype")
     # Losses are sums that the training step divides once by the global counts; megatron-core must not divide by anything.
     derived["calculate_per_token_loss"] = (True, "the training step")
@@ -303,12 +310,13 @@ def _derived_backbone_fields(cfg: Namespace) -> dict[str, tuple[Any, str]]:
 class _Parser(ArgumentParser):
     """Errors of one sentence: the 300 lines of usage that argparse prints before them would bury it."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         known = [option[2:] for action in self._actions for option in action.option_strings if option.startswith("--")]
         on_command_line = re.match(r"unrecognized arguments: --([\w.]+)", message)
+        at_top_of_file = re.match(r"Option '([\w.]+)' is not accepted", message)
         in_file = re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
-        if on_command_line or in_file:
-            unknown = on_command_line[1] if on_command_line else f"{in_file[1]}.{in_file[2]}"  # type: ignore[index]
+        if found := on_command_line or at_top_of_file or in_file:
+            unknown = ".".join(found.groups())
             near = difflib.get_close_matches(unknown, known, n=1)
             message = f"there is no option '{unknown}'" + (f"; did you mean '{near[0]}'?" if near else "")
         print("error: " + " ".join(message.split()), file=sys.stderr)
@@ -339,7 +347,7 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
     """Parse, fill in what follows from other sections, validate.
 
     Raises:
-        SystemExit: an unknown key or a value of the wrong type (after one sentence on standard error), `--help`, `--print_config`.
+        SystemExit: an unknown key or a value of the wrong type (one sentence on standard error), `--help`, `--print_config`.
         ValueError: a contradiction.
     """
     parser = build_parser()
@@ -364,139 +372,10 @@ def _backbone_defaults() -> dict[str, Any]:
 def _to_yaml(parser: ArgumentParser, cfg: Namespace) -> str:
     """All sections; of the 240 fields of the backbone only what differs from megatron-core's defaults."""
     values = yaml.safe_load(parser.dump(cfg, skip_none=False))
-    defaults = _backbone_defaults()
-    backbone = values["model"]["backbone"]
+    given, defaults = cfg.model.backbone, _backbone_defaults()
     values["model"]["backbone"] = {
-        name: value for name, value in backbone.items() if value != defaults[name] and defaults[name] is not MISSING
+        name: value
+        for name, value in values["model"]["backbone"].items()
+        if defaults[name] is not MISSING and given[name] != defaults[name]
     }
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
-def validate(cfg: Namespace) -> None:
-    """Refuse contradictions, in one sentence with the fix.
-
-    Raises:
-        ValueError: as it says.
-    """
-    backbone, parallel, train, data = cfg.model.backbone, cfg.parallel, cfg.train, cfg.data
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    chunks = parallel.virtual_pipeline_model_parallel_size
-    heads, groups = backbone.num_attention_heads, backbone.num_query_groups or backbone.num_attention_heads
-
-    for name in ("num_layers", "hidden_size", "num_attention_heads"):
-        _require(backbone[name], f"Give model.backbone.{name}.")
-    _require(
-        heads % tensor == 0,
-        f"model.backbone.num_attention_heads {heads} is not divisible by "
-        f"parallel.tensor_model_parallel_size {tensor}: choose a size that divides it.",
-    )
-    _require(
-        groups % tensor == 0,
-        f"model.backbone.num_query_groups {groups} is not divisible by "
-        f"parallel.tensor_model_parallel_size {tensor}: choose a size that divides it.",
-    )
-    _require(
-        cfg.model.make_vocab_size_divisible_by % tensor == 0,
-        "model.make_vocab_size_divisible_by "
-        f"{cfg.model.make_vocab_size_divisible_by} is not divisible by parallel.tensor_model_parallel_size {tensor}: change it.",
-    )
-    _require(
-        not parallel.sequence_parallel or tensor > 1,
-        "parallel.sequence_parallel shards over the tensor-parallel ranks, of which there is one: switch it off.",
-    )
-    _require(
-        not parallel.sequence_parallel or data.sequence_length % tensor == 0,
-        f"data.sequence_length {data.sequence_length} is "
-        f"not divisible by parallel.tensor_model_parallel_size {tensor}, as parallel.sequence_parallel needs: change it.",
-    )
-    _require(
-        parallel.context_parallel_size == 1,
-        "Context parallelism does not know the mixed attention mask: set parallel.context_parallel_size to 1.",
-    )
-    if chunks is not None:
-        _require(
-            pipeline > 1,
-            "parallel.virtual_pipeline_model_parallel_size interleaves pipeline stages: "
-            "set parallel.pipeline_model_parallel_size above 1, or leave it out.",
-        )
-        # megatron-core 0.16.1 does not check this, and its results are silently wrong.
-        _require(parallel.overlap_p2p_comm, "The interleaved schedule needs parallel.overlap_p2p_comm: switch it on.")
-    uneven = any(backbone[f"num_layers_in_{end}_pipeline_stage"] for end in ("first", "last"))
-    _require(
-        uneven or backbone.num_layers % (pipeline * (chunks or 1)) == 0,
-        f"model.backbone.num_layers {backbone.num_layers} is not "
-        f"divisible by {pipeline} pipeline stages x {chunks or 1} chunks: change one of them, or give "
-        "model.backbone.num_layers_in_first_pipeline_stage.",
-    )
-    _require(
-        not parallel.overlap_param_gather or parallel.overlap_grad_reduce,
-        "parallel.overlap_param_gather needs parallel.overlap_grad_reduce: switch that on too.",
-    )
-    _require(
-        train.global_batch_size % train.micro_batch_size == 0,
-        f"train.global_batch_size {train.global_batch_size} is not "
-        f"divisible by train.micro_batch_size {train.micro_batch_size}: change one of them.",
-    )
-    codec = data.codec
-    _require(
-        codec.image_size % codec.patch_size == 0,
-        f"data.codec.image_size {codec.image_size} is not divisible by data.codec.patch_size {codec.patch_size}: change one.",
-    )
-    image_tokens = (codec.image_size // codec.patch_size) ** 2
-    _require(
-        image_tokens + 4 < data.sequence_length,
-        f"An image is {image_tokens} tokens, which with its marks does not fit "
-        f"data.sequence_length {data.sequence_length}: make that larger, or data.codec.patch_size.",
-    )
-    _require(
-        cfg.model.embedding_vit.hidden_size % cfg.model.embedding_vit.num_attention_heads == 0,
-        "model.embedding_vit.hidden_size is not divisible by model.embedding_vit.num_attention_heads: change one of them.",
-    )
-    _require(0 <= data.mask_ratio.minimum <= 1, "data.mask_ratio.minimum is a share: choose it between 0 and 1.")
-    tasks = data.tasks
-    _require(
-        min(tasks.text_to_image, tasks.image_to_text, tasks.image_only) >= 0
-        and tasks.text_to_image + tasks.image_to_text + tasks.image_only > 0,
-        "data.tasks are weights: none may be negative, and one must be positive.",
-    )
-    _require(
-        cfg.model.alignment_loss_weight == 0 or cfg.model.alignment_features > 0,
-        "model.alignment_loss_weight is not 0: give model.alignment_features, the width of the teacher's features.",
-    )
-    _require(
-        not (cfg.checkpoint.init_from and cfg.resume not in ("auto", "never")),
-        "checkpoint.init_from starts anew from weights alone, resume continues a run: give one of them.",
-    )
-
-
-def _require(condition: Any, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def validate_world(config: Config, *, world_size: int) -> None:
-    """Refuse a number of processes that does not fit the layout and the batch.
-
-    Raises:
-        ValueError: as it says.
-    """
-    parallel, train = config.parallel, config.train
-    replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    _require(
-        world_size % replica == 0,
-        f"{world_size} processes do not divide into replicas of {replica} "
-        "(parallel.tensor_model_parallel_size x pipeline_model_parallel_size): start a multiple of that.",
-    )
-    ranks = world_size // replica
-    _require(
-        train.global_batch_size % (train.micro_batch_size * ranks) == 0,
-        f"train.global_batch_size {train.global_batch_size} is not "
-        f"divisible by train.micro_batch_size {train.micro_batch_size} x {ranks} data-parallel ranks: change one of them.",
-    )
-    microbatches = train.global_batch_size // (train.micro_batch_size * ranks)
-    if parallel.virtual_pipeline_model_parallel_size is not None:
-        _require(
-            microbatches % parallel.pipeline_model_parallel_size == 0,
-            f"The interleaved schedule needs the number of microbatches "
-            f"({microbatches}) to be a multiple of parallel.pipeline_model_parallel_size: change train.global_batch_size.",
-        )

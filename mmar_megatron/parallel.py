@@ -76,6 +76,24 @@ def initialize(config: ParallelConfig) -> ParallelGroups:
         ValueError: the number of processes does not fit the layout.
     """
     platform.init_process_group()
+    return _build_groups(config, create_gloo_process_groups=True)
+
+
+def initialize_fake(config: ParallelConfig, *, rank: int, world_size: int) -> ParallelGroups:
+    """Stand in for one rank of a job that does not run: to build its part of a model on the meta device, and no more.
+
+    torch's `fake` backend has groups of any size in one process, and its collectives do nothing. `leave` ends it.
+
+    Raises:
+        ValueError: the number of processes does not fit the layout.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group(backend="fake", store=FakeStore(), rank=rank, world_size=world_size)
+    return _build_groups(config, create_gloo_process_groups=False)
+
+
+def _build_groups(config: ParallelConfig, *, create_gloo_process_groups: bool) -> ParallelGroups:
     world = torch.distributed.get_world_size()
     model_parallel = config.tensor_model_parallel_size * config.pipeline_model_parallel_size
     if world % model_parallel:
@@ -88,7 +106,7 @@ def initialize(config: ParallelConfig) -> ParallelGroups:
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
         context_parallel_size=config.context_parallel_size,
-        create_gloo_process_groups=True,
+        create_gloo_process_groups=create_gloo_process_groups,
     )
     megatron = ProcessGroupCollection.use_mpu_process_groups()
     return ParallelGroups(

@@ -1,7 +1,7 @@
 """The machine: device, backend, seeds. The only file that says `torch.cuda`.
 
-megatron-core is written for CUDA. Where there is none, `prepare_for_megatron` lets the unmodified library run on CPU with gloo, by the
-shims below. It must run before anything imports megatron; `mmar_megatron.config` and `mmar_megatron.parallel` see to that.
+megatron-core is written for CUDA. Where there is none, `prepare_for_megatron` lets the unmodified library run on CPU with gloo,
+by the shims below. It must run before anything imports megatron; `mmar_megatron.config` and `mmar_megatron.parallel` see to that.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._device import _device_constructors
 
 HAS_CUDA = torch.cuda.is_available()
 
@@ -58,7 +59,7 @@ def init_process_group() -> None:
 
 
 def seed_everything(seed: int, *, tensor_rank: int) -> None:
-    """Seed all generators alike on all ranks, but for megatron-core's own of model-parallel regions (dropout of split activations).
+    """Seed all generators alike on all ranks, but for megatron-core's own of model-parallel regions (for dropout there).
 
     Initial weights and training data draw from none of these: they are functions of the seed and a name or a sample.
     """
@@ -97,7 +98,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 @functools.cache
 def prepare_for_megatron() -> None:
     """Make `import megatron.core` work on this machine. Does nothing to torch where there is a GPU."""
-    # megatron-core warns at import of each optional package that is absent, torch of its own deprecations; nobody can act on these.
+    # megatron-core warns at import of each absent optional package, torch of its own deprecations: nobody can act on them.
     for message in (".*[Tt]ransformer [Ee]ngine.*", ".*[Aa]pex.*", ".*not installed.*", ".*deprecated.*"):
         warnings.filterwarnings("ignore", message=message, module=r"megatron\..*")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|megatron)\..*")
@@ -115,7 +116,10 @@ def _map_cuda_device_to_cpu() -> None:
     """megatron-core names the current CUDA device when it makes buffers, and waits for streams."""
     cpu = torch.device("cpu")
     torch.cuda.current_device = lambda: cpu  # type: ignore[assignment,return-value]
-    torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
+    torch.cuda.synchronize = lambda device=None: None
+
+    # `with torch.device("meta")` knows the factories by identity: it must list the real ones before they are replaced.
+    _device_constructors()
 
     def on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(factory)
@@ -128,11 +132,11 @@ def _map_cuda_device_to_cpu() -> None:
         return wrapped
 
     # A TorchFunctionMode would be tidier but is not active inside backward and in other threads.
-    names = "tensor empty zeros ones full arange rand randn randint empty_like zeros_like ones_like full_like rand_like randn_like"
-    for name in names.split():
+    names = ("empty", "zeros", "ones", "full", "rand", "randn")
+    for name in ("tensor", "arange", "randint", *names, *(f"{name}_like" for name in names)):
         setattr(torch, name, on_cpu(getattr(torch, name)))
 
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     original_type = torch.Tensor.type
 
     def type_as_on_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -146,7 +150,7 @@ def _map_cuda_device_to_cpu() -> None:
 
 def _map_cuda_generators_to_cpu() -> None:
     """megatron-core forks CUDA generators for model-parallel regions and recomputation; here they are states of the CPU one."""
-    torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()  # type: ignore[assignment]
+    torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)  # type: ignore[assignment]
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
 

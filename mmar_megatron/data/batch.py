@@ -6,6 +6,7 @@ C channels of a token, R noise levels for each token (the timestep multiplier), 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -17,7 +18,7 @@ IGNORE = -100
 
 @dataclass(kw_only=True)
 class Batch:
-    """One microbatch. All randomness of training is in here, drawn from (seed, sample id, epoch), so that no layout changes it."""
+    """One microbatch. All randomness of training is in here, a function of (seed, sample id, epoch): no layout changes it."""
 
     tokens_BS: Tensor
     """int64: text and special tokens; the image placeholder at each image position; padding at the end."""
@@ -65,16 +66,17 @@ class Batch:
 
     def without_losses(self) -> Batch:
         """The same batch with nothing to learn: filler where a number of microbatches is wanted."""
-        return replace(
-            self, labels_BS=torch.full_like(self.labels_BS, IGNORE), masked_MN=torch.zeros_like(self.masked_MN), teacher_MNF=None
-        )
+        nothing_MN = torch.zeros_like(self.masked_MN)
+        return replace(self, labels_BS=torch.full_like(self.labels_BS, IGNORE), visible_MN=nothing_MN, masked_MN=nothing_MN)
 
     def to(self, device: torch.device, *, non_blocking: bool = True) -> Batch:
         """The same batch on another device."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: v if v is None else v.to(device, non_blocking=non_blocking) for k, v in moved.items()})
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """Called by torch's DataLoader where the batch goes to a GPU."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: v if v is None else v.pin_memory() for k, v in moved.items()})
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})

@@ -44,6 +44,7 @@ class NativeEngine:
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=config.parallel.overlap_grad_reduce,
             overlap_param_gather=config.parallel.overlap_param_gather,
+            bucket_size=config.parallel.grad_bucket_size,
             use_distributed_optimizer=True,
         )
         self.chunks = [
@@ -80,8 +81,8 @@ class NativeEngine:
     def train_step(self, microbatches: Sequence[Batch], *, learning_rate: float) -> StepResult:
         """One optimizer step on this rank's microbatches of one global batch."""
         batches = [batch.to(platform.device()) for batch in microbatches]
-        # The denominators depend on the data alone, so they are known before the forward pass: each microbatch's loss is divided by
-        # the count over all microbatches and ranks, and plain sums of gradients are then those of the global mean.
+        # The denominators depend on the data alone, so they are known before the forward pass: each microbatch's loss is divided
+        # by the count over all microbatches and ranks, and plain sums of gradients are then those of the global mean.
         counts = self._global_counts(batches)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -149,8 +150,10 @@ class NativeEngine:
         return LossSums.unflatten(total)
 
     def _finalize_gradients(self, model: list[torch.nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
-        """megatron-core's reductions, without its division by `num_tokens`; then the sum over tensor-parallel ranks of the gradients of
-        modules that run there on different rows (megatron-core sums such gradients only under sequence parallelism)."""
+        """megatron-core's reductions, without its division by `num_tokens`, then a sum over tensor-parallel ranks.
+
+        The sum is of gradients of modules that see different rows there; megatron-core does it under sequence parallelism alone.
+        """
         finalize_model_grads(model, None, **options)
         if self.groups.tensor.size() == 1:
             return
@@ -209,8 +212,7 @@ class NativeEngine:
     def model_sharded_state_dict(self) -> dict[str, Any]:
         """Each chunk's parameters under its own key: `model0`, `model1`, ..."""
         return {
-            f"model{number}": chunk.module.sharded_state_dict(metadata=self._metadata)
-            for number, chunk in enumerate(self.chunks)
+            f"model{number}": chunk.module.sharded_state_dict(metadata=self._metadata) for number, chunk in enumerate(self.chunks)
         }
 
     def sharded_state_dict(self, *, is_loading: bool = False) -> dict[str, Any]:

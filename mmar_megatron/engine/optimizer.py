@@ -24,12 +24,15 @@ def learning_rate(step: int, *, config: OptimizerConfig, total_steps: int) -> fl
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
-    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    progress = (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps)
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def build_optimizer(config: OptimizerConfig, *, chunks: list[nn.Module], bf16: bool, overlap_param_gather: bool) -> MegatronOptimizer:
+def build_optimizer(
+    config: OptimizerConfig, *, chunks: list[nn.Module], bf16: bool, overlap_param_gather: bool
+) -> MegatronOptimizer:
     """megatron-core's distributed AdamW: each data-parallel rank holds and updates a shard of the fp32 state."""
+    undecayed = ParamKey(name=NO_WEIGHT_DECAY, predicate=ParamPredicate(name="one_dimensional", fn=lambda p: p.ndim == 1))
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -46,11 +49,7 @@ def build_optimizer(config: OptimizerConfig, *, chunks: list[nn.Module], bf16: b
             overlap_param_gather=overlap_param_gather,
         ),
         chunks,
-        config_overrides={
-            ParamKey(
-                name=NO_WEIGHT_DECAY, predicate=ParamPredicate(name="one_dimensional", fn=lambda p: p.ndim == 1)
-            ): {"wd_mult": 0.0}
-        },
+        config_overrides={undecayed: {"wd_mult": 0.0}},
     )
     for group in optimizer.param_groups:
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
@@ -66,18 +65,46 @@ def set_learning_rate(optimizer: MegatronOptimizer, value: float) -> None:
 
 
 def _mend_checkpointing(part: DistributedOptimizer) -> None:
-    """Three faults of megatron-core 0.16.1 where torch's AdamW stands in for Transformer Engine's or apex's (which count steps in the
-    parameter group, where torch counts in each parameter's state):
+    """Work around the checkpoint faults of megatron-core 0.16.1's distributed optimizer; tests/integration/test_resume.py and
+    tests/distributed/test_checkpoint.py hold each in place."""
+    _mend_bucket_offsets(part)
+    if isinstance(part.optimizer, torch.optim.AdamW):
+        _mend_torch_adamw(part)
+
+
+def _mend_bucket_offsets(part: DistributedOptimizer) -> None:
+    """The `fully_reshardable` format gathers the optimizer's state without the padding between gradient buckets, then cuts parameters out
+    of it at their places *with* that padding. All but the first bucket's are silently wrong. There are several buckets under
+    `overlap_grad_reduce`, and always where tied word embeddings meet pipeline parallelism (they get a bucket of their own).
+    Here the padding is put back in between.
+    """
+    gather = part.get_parameter_state_dp_zero
+
+    def gather_with_padding(*args: Any, **kwargs: Any) -> dict[Any, Any] | None:
+        gathered = gather(*args, **kwargs)
+        if gathered is None:
+            return None
+        for number, buffer in enumerate(part.buffers):
+            for state in gathered[number].values():
+                for name in ("param", "exp_avg", "exp_avg_sq"):
+                    pieces = state[name].split([bucket.numel_unpadded for bucket in buffer.buckets])
+                    state[name] = torch.zeros(buffer.numel, dtype=state[name].dtype)
+                    for bucket, piece in zip(buffer.buckets, pieces, strict=True):
+                        state[name][bucket.offset : bucket.offset + bucket.numel_unpadded] = piece
+        return gathered
+
+    part.get_parameter_state_dp_zero = gather_with_padding
+
+
+def _mend_torch_adamw(part: DistributedOptimizer) -> None:
+    """Where torch's AdamW stands in for Transformer Engine's or apex's (which count steps in the parameter group, where torch counts in
+    each parameter's state):
 
     - saving or loading before the first step asserts, for there is no state yet: so it is made here;
     - loading the `fully_reshardable` format raises KeyError 'step', for it copies every entry of the state, and the loaded one has none;
     - after loading, all parameters share **one** step tensor, which AdamW then advances once for each parameter: resumed training
       silently diverges.
-
-    tests/distributed/test_resume.py holds this in place.
     """
-    if not isinstance(part.optimizer, torch.optim.AdamW):
-        return
     state = part.optimizer.state
     for group in part.optimizer.param_groups:
         for parameter in group["params"]:

@@ -1,7 +1,8 @@
-"""Masked auto-regressive image generation (MAR, arXiv 2406.11838, section 4): begin all masked; in each round run the backbone once, and let
-the diffusion head draw the tokens of a random subset of the positions that are still masked.
+"""Masked auto-regressive image generation (MAR, arXiv 2406.11838, section 4): begin all masked; in each round run the backbone
+once, and let the diffusion head draw the tokens of a random subset of the positions that are still masked.
 
-Suffixes: B images, N tokens of an image, C channels of a token, K tokens drawn in a round, S positions, D width, Z width of the condition.
+Suffixes: B images, N tokens of an image, C channels of a token, K tokens drawn in a round, S positions, D width, Z width of the
+condition.
 """
 
 from __future__ import annotations
@@ -48,13 +49,16 @@ def paint(
     source: DataSource,
     groups: ParallelGroups,
     sampling: ImageSampling,
+    first_number: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> NDArray[np.uint8]:
     """Draw one image for each caption. All ranks of a model replica call it together; call within `engine.evaluating()`.
 
-    Order of positions and noise follow from (seed, number of the image, round) alone, so neither the batch nor the layout changes an image.
+    Order of positions and noise follow from (seed, number of the image, round) alone, so neither the batch nor the layout changes
+    an image.
 
     Args:
+        first_number: of the first image, where a longer list is painted in parts.
         progress: called after each round with its number, from 1, and the number of rounds.
 
     Returns:
@@ -65,16 +69,20 @@ def paint(
     """
     num_tokens, channels = source.codec.num_tokens, source.codec.channels
     if sampling.rounds > num_tokens:
-        raise ValueError(f"{sampling.rounds} rounds asked for images of {num_tokens} tokens: use at most as many rounds as tokens.")
+        raise ValueError(
+            f"{sampling.rounds} rounds asked for images of {num_tokens} tokens: use at most as many rounds as tokens."
+        )
     prompts = [source.tokenizer.encode(caption) for caption in captions]
-    orders_BN = np.stack([np.random.Generator(_bits(sampling.seed, b, 0)).permutation(num_tokens) for b in range(len(captions))])
+    numbers = range(first_number, first_number + len(captions))
+    orders_BN = np.stack([np.random.Generator(_bits(sampling.seed, b, 0)).permutation(num_tokens) for b in numbers])
     latents_BNC = np.zeros((len(captions), num_tokens, channels), dtype=np.float32)
     masked_BN = np.ones((len(captions), num_tokens), dtype=np.bool_)
 
     for number, (begin, end) in enumerate(_rounds(num_tokens, sampling.rounds), start=1):
         chosen_BK = orders_BN[:, begin:end]
+        streams = [np.random.Generator(_bits(sampling.seed, b, number)) for b in numbers]
         tokens_BKC = _draw_round(
-            engine, prompts, latents_BNC, masked_BN, chosen_BK, source=source, groups=groups, sampling=sampling, number=number
+            engine, prompts, latents_BNC, masked_BN, chosen_BK, source=source, groups=groups, sampling=sampling, streams=streams
         )
         np.put_along_axis(latents_BNC, chosen_BK[:, :, None], tokens_BKC, axis=1)
         np.put_along_axis(masked_BN, chosen_BK, False, axis=1)
@@ -89,7 +97,7 @@ def _bits(seed: int, image: int, round_number: int) -> np.random.Philox:
 
 def _rounds(num_tokens: int, rounds: int) -> list[tuple[int, int]]:
     """Which stretch of the order each round fills: MAR's cosine schedule, few at first, at least one in each."""
-    ends = []
+    ends: list[int] = []
     for k in range(1, rounds + 1):
         filled = num_tokens - math.floor(num_tokens * math.cos(math.pi / 2 * k / rounds))
         at_least, at_most = (ends[-1] if ends else 0) + 1, num_tokens - (rounds - k)
@@ -107,7 +115,7 @@ def _draw_round(
     source: DataSource,
     groups: ParallelGroups,
     sampling: ImageSampling,
-    number: int,
+    streams: Sequence[np.random.Generator],
 ) -> NDArray[np.float32]:
     """The tokens at `chosen_BK`, [B, K, C], on all ranks."""
     guided = sampling.guidance_scale != 1.0
@@ -130,17 +138,23 @@ def _draw_round(
         position_BK = starts_B[:, None] + torch.from_numpy(np.tile(chosen_BK, (halves, 1))).to(h_SBD.device)
         row_B1 = torch.arange(len(documents), device=h_SBD.device)[:, None]
         z_KZ = model.image_condition(rearrange(h_SBD[position_BK, row_B1], "b k d -> (b k) d"))
-        sampled = _sample_head(model, z_KZ, guided=guided, noise_shape=(len(prompts), count, channels), sampling=sampling, number=number)
+        sampled = _sample_head(model, z_KZ, guided=guided, noise_shape=(count, channels), sampling=sampling, streams=streams)
         tokens_BKC = rearrange(sampled, "(b k) c -> b k c", b=len(prompts)).contiguous()
     if groups.pipeline.size() > 1:
         torch.distributed.broadcast(tokens_BKC, group=groups.pipeline, group_src=groups.pipeline.size() - 1)
     if not bool(tokens_BKC.isfinite().all()):
-        raise FloatingPointError(f"Image tokens drawn in round {number} are not finite: the weights or the guidance scale are unfit.")
+        raise FloatingPointError("The image tokens just drawn are not finite: the weights or the guidance scale are unfit.")
     return tokens_BKC.cpu().numpy()
 
 
 def _sample_head(
-    model: MMARModel, z_KZ: Tensor, *, guided: bool, noise_shape: tuple[int, int, int], sampling: ImageSampling, number: int
+    model: MMARModel,
+    z_KZ: Tensor,
+    *,
+    guided: bool,
+    noise_shape: tuple[int, int],
+    sampling: ImageSampling,
+    streams: Sequence[np.random.Generator],
 ) -> Tensor:
     """Tokens [(B K), C] in fp32 from conditions; under guidance the second half of `z_KZ` is unconditional."""
     sampler = Sampler(
@@ -150,11 +164,9 @@ def _sample_head(
         kind=sampling.sampler,
         temperature=sampling.temperature,
     )
-    images, count, channels = noise_shape
-    streams = [np.random.Generator(_bits(sampling.seed, b, number)) for b in range(images)]
 
     def noise(_: int) -> Tensor:
-        drawn = np.concatenate([stream.standard_normal((count, channels), dtype=np.float32) for stream in streams])
+        drawn = np.concatenate([stream.standard_normal(noise_shape, dtype=np.float32) for stream in streams])
         return torch.from_numpy(drawn).to(z_KZ.device)
 
     def predict(x_KC: Tensor, t_K: Tensor) -> Tensor:

@@ -18,9 +18,9 @@ from mmar_megatron.parallel import ParallelGroups
 def caption(
     engine: Engine, images_BHW3: Sequence[NDArray[np.uint8]], *, source: DataSource, groups: ParallelGroups, max_tokens: int
 ) -> list[str]:
-    """The most likely word after word for each picture. All ranks of a model replica call it together; call within `engine.evaluating()`.
+    """The most likely word after word for each picture.
 
-    Each token runs the backbone over the whole sequence.
+    All ranks of a model replica call it together, within `engine.evaluating()`. Each token runs the backbone over all positions.
 
     Args:
         images_BHW3: uint8 pixels.

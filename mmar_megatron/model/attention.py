@@ -6,6 +6,7 @@ Suffixes: B sequences, S positions, H heads, G key-value groups, D width of a he
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ from torch import Tensor
 def mixed_attention_allowed(*, document_ids_BS: Tensor, span_ids_BS: Tensor) -> Tensor:
     """Which key each query may attend to, bool [B, S, S] (query, key).
 
-    A query sees the keys of its own document that stand at or before it, and all of its own image. Padding (document -1) sees padding
-    alone, which keeps every row of the softmax non-empty.
+    A query sees the keys of its own document that stand at or before it, and all of its own image. Padding (document -1) sees
+    padding alone, which keeps every row of the softmax non-empty.
     """
     position_S = torch.arange(document_ids_BS.shape[1], device=document_ids_BS.device)
     causal_SS = position_S[:, None] >= position_S[None, :]
@@ -31,13 +32,16 @@ def mixed_attention_allowed(*, document_ids_BS: Tensor, span_ids_BS: Tensor) -> 
 
 
 def attention_bias(allowed_BSS: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """Additive form [B, 1, S, S] of a mask: 0 where allowed, else -inf. Made once for all layers, where a bool mask is converted by each."""
+    """Additive form [B, 1, S, S] of a mask: 0 where allowed, else -inf.
+
+    Made once for all layers, where a bool mask is converted by each.
+    """
     bias_BSS = torch.zeros(allowed_BSS.shape, dtype=dtype, device=allowed_BSS.device)
     return bias_BSS.masked_fill_(~allowed_BSS, float("-inf")).unsqueeze(1)
 
 
 class MixedAttention(MegatronModule):
-    """`core_attention` of a megatron-core layer spec: scaled dot-product attention under an additive mask, by torch's fused kernels."""
+    """`core_attention` of a megatron-core layer spec: attention under an additive mask, by torch's fused kernels."""
 
     def __init__(self, config: TransformerConfig, *, softmax_scale: float | None = None, **unused: Any) -> None:
         # megatron-core passes every core attention layer_number, attn_mask_type, attention_type and process groups as well.
@@ -45,9 +49,7 @@ class MixedAttention(MegatronModule):
         self.softmax_scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
         self.dropout = config.attention_dropout
 
-    def forward(
-        self, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, attention_mask: Tensor, **unused: Any
-    ) -> Tensor:
+    def forward(self, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, attention_mask: Tensor, **unused: Any) -> Tensor:
         """Attend.
 
         Args:
@@ -59,16 +61,17 @@ class MixedAttention(MegatronModule):
             [S, B, H * D].
         """
         query, key, value = (rearrange(x, "s b h d -> b h s d") for x in (query_SBHD, key_SBGD, value_SBGD))
-        arguments = {
-            "attn_mask": attention_mask,
-            "scale": self.softmax_scale,
-            "enable_gqa": query.shape[1] != key.shape[1],
-        }
+        attend = partial(
+            F.scaled_dot_product_attention,
+            attn_mask=attention_mask,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
         if self.training and self.dropout > 0:
             with get_cuda_rng_tracker().fork():  # heads are split over tensor-parallel ranks: each drops its own
-                output = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout, **arguments)
+                output = attend(query, key, value, dropout_p=self.dropout)
         else:
-            output = F.scaled_dot_product_attention(query, key, value, **arguments)
+            output = attend(query, key, value)
         return rearrange(output, "b h s d -> s b (h d)")
 
 

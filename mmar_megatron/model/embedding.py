@@ -22,7 +22,7 @@ from mmar_megatron.model.vision import EmbeddingViT, PositionEmbedding2D, Projec
 
 
 class MultimodalEmbedding(MegatronModule):
-    """Word embeddings at text positions; EmbeddingViT and VisProjector at visible image tokens; a learned embedding at hidden ones.
+    """Word embeddings at text; EmbeddingViT and VisProjector at visible image tokens; a learned embedding at hidden ones.
 
     All but the word embeddings is replicated over the tensor-parallel ranks and sees the same data there, so its gradients agree.
     """
@@ -54,7 +54,7 @@ class MultimodalEmbedding(MegatronModule):
         text_BSD = self.word_embeddings(batch.tokens_BS)
         is_text_BS1 = (batch.span_ids_BS < 0).unsqueeze(-1)
         image_MND = self._embed_images(batch)
-        # Every slot is added at its place; an empty one adds zeros at place 0, so all shapes are fixed and nothing waits for the device.
+        # Every slot is added at its place; an empty one adds zeros at place 0: shapes are fixed, nothing waits for the device.
         occupied_MN1 = (batch.visible_MN | batch.masked_MN).unsqueeze(-1)
         h = rearrange(text_BSD * is_text_BS1, "b s d -> (b s) d").index_add(
             0, batch.image_positions_MN.flatten(), rearrange(image_MND * occupied_MN1, "m n d -> (m n) d")

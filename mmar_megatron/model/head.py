@@ -1,8 +1,8 @@
 """The diffusion head: a residual MLP that models p(token | condition) by denoising, one token at a time.
 
-Architecture, names of parameters and initialisation are those of MAR's head (Li et al., "Autoregressive Image Generation without Vector
-Quantization", arXiv 2406.11838, section 3 and appendix), so that weights could be mapped name by name. It differs in its output: one
-value for each channel (MAR also predicts a variance).
+Architecture, names of parameters and initialisation are those of MAR's head (Li et al., "Autoregressive Image Generation without
+Vector Quantization", arXiv 2406.11838, section 3 and appendix), so that weights could be mapped name by name. It differs in its
+output: one value for each channel (MAR also predicts a variance).
 
 Suffixes: K tokens, R noise levels for each token, C channels of a token, Z width of the condition, W width of the head.
 """
@@ -32,7 +32,7 @@ class TimestepEmbedder(nn.Module):
         exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) / half
         angle = timestep.float()[..., None] * torch.exp(-math.log(self.max_period) * exponent)
         sinusoids = torch.cat((angle.cos(), angle.sin()), dim=-1)
-        return self.mlp(sinusoids.to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoids.to(next(self.mlp.parameters()).dtype))
 
 
 def modulate(x: Tensor, *, shift: Tensor, scale: Tensor) -> Tensor:
@@ -88,14 +88,12 @@ class DiffusionHead(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.time_embed.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.time_embed.mlp[2].weight, std=0.02)
-        # All modulations and the output start at zero: each block is the identity, and the head predicts 0.
-        zero = [self.final_layer.linear, self.final_layer.adaLN_modulation[1]]
-        zero += [block.adaLN_modulation[1] for block in self.res_blocks]  # type: ignore[index,union-attr]
-        for linear in zero:
-            nn.init.zeros_(linear.weight)  # type: ignore[arg-type,union-attr]
-            nn.init.zeros_(linear.bias)  # type: ignore[arg-type,union-attr]
+        for name, parameter in self.named_parameters():
+            if name in ("time_embed.mlp.0.weight", "time_embed.mlp.2.weight"):
+                nn.init.normal_(parameter, std=0.02)
+            # All modulations and the output start at zero: each block is the identity, and the head predicts 0.
+            elif ".adaLN_modulation." in name or name.startswith("final_layer.linear."):
+                nn.init.zeros_(parameter)
 
     def forward(self, x_KRC: Tensor, *, timestep_KR: Tensor, z_KZ: Tensor) -> Tensor:
         """Predict u.

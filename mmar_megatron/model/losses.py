@@ -17,7 +17,7 @@ class LossSums:
     text: Tensor
     """Cross-entropy over labelled positions, nats. Alike on all tensor-parallel ranks."""
     image: Tensor
-    """Diffusion loss over masked tokens (mean over noise levels and channels of each). This and all below: this rank's rows only."""
+    """Diffusion loss over masked tokens (mean over noise levels and channels of each). Like all below, of this rank's rows."""
     alignment: Tensor
     """1 - cosine to the teacher's features over visible tokens; 0 where there is no teacher."""
     image_zero: Tensor

@@ -1,7 +1,8 @@
 """MMAR: one decoder that reads text and clean image tokens, and whose outputs are words, or conditions for the diffusion head.
 
-Suffixes: B sequences, S positions, D width of the backbone, L labelled positions, K masked tokens of this rank, R noise levels for each,
-C channels of a token, Z width of the condition, F teacher features, M images, N tokens of an image. Data is [B, S]; megatron-core is [S, B, D].
+Suffixes: B sequences, S positions, D width of the backbone, L labelled positions, K masked tokens of this rank, R noise levels
+for each, C channels of a token, Z width of the condition, F teacher features, M images, N tokens of an image. Data is [B, S];
+megatron-core is [S, B, D].
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class MMARModel(LanguageModule):
         groups: process groups.
         seed: initial weights are a function of it and of each parameter's name.
         vp_stage: which model chunk of the stage, under the interleaved schedule.
+        draw_weights: whether to draw initial weights; False where there are only shapes, on the meta device.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class MMARModel(LanguageModule):
         groups: ParallelGroups,
         seed: int,
         vp_stage: int | None = None,
+        draw_weights: bool = True,
     ) -> None:
         super().__init__(config=config.backbone, pg_collection=groups.megatron)
         self.model_type = ModelType.encoder_or_decoder  # asked for by megatron-core's schedules
@@ -99,14 +102,15 @@ class MMARModel(LanguageModule):
         )
         if self.post_process:
             self._build_heads(channels=geometry.channels, vocab_size=padded, seed=seed)
-        if self.pre_process or self.post_process:
-            self.setup_embeddings_and_output_layer()
         self.to(dtype=config.backbone.params_dtype)
-        initialize_backbone(self, seed=seed)
+        if draw_weights:
+            if self.pre_process or self.post_process:
+                self.setup_embeddings_and_output_layer()  # marks the tied weights, and makes them equal on first and last stage
+            initialize_backbone(self, seed=seed)
 
     def _build_heads(self, *, channels: int, vocab_size: int, seed: int) -> None:
         config = self.settings
-        # `_enter_heads` undoes sequence parallelism and sums the gradients of all that follows it, so the output layer must do neither.
+        # `_enter_heads` undoes sequence parallelism and sums the gradients of all that follows: the output layer must do neither.
         output_config = copy.copy(config.backbone)
         output_config.sequence_parallel = False
         self.output_layer = ColumnParallelLinear(
@@ -127,7 +131,7 @@ class MMARModel(LanguageModule):
                 self.alignment_projector = nn.Linear(config.backbone.hidden_size, config.alignment_features)
         for module in self._row_parallel_modules():
             for parameter in module.parameters():
-                # Each tensor-parallel rank sees its share of the rows, so its gradient is a part; the engine sums them by this mark.
+                # Each tensor-parallel rank sees its share of the rows: its gradient is a part. The engine sums them by this mark.
                 parameter.sum_gradients_across_tp_domain = True  # type: ignore[attr-defined]
 
     def _row_parallel_modules(self) -> list[nn.Module]:
@@ -249,7 +253,6 @@ class MMARModel(LanguageModule):
         return self.diffusion_head(x_KRC, timestep_KR=timestep_KR * scale, z_KZ=z_KZ)
 
 
-
 def padded_vocab_size(config: ModelConfig, vocab_size: int) -> int:
     """Rows of the word embeddings: alike in any layout, so that initial weights and checkpoints are too."""
     multiple = config.make_vocab_size_divisible_by
@@ -257,11 +260,25 @@ def padded_vocab_size(config: ModelConfig, vocab_size: int) -> int:
 
 
 def build_model(
-    config: ModelConfig, *, geometry: ImageGeometry, vocab_size: int, groups: ParallelGroups, seed: int
+    config: ModelConfig,
+    *,
+    geometry: ImageGeometry,
+    vocab_size: int,
+    groups: ParallelGroups,
+    seed: int,
+    draw_weights: bool = True,
 ) -> list[MMARModel]:
-    """The model chunks of this process: one, or several under the interleaved schedule."""
+    """The model chunks of this process: one, or several under the interleaved schedule. Arguments as `MMARModel`'s."""
     chunks = [None] if groups.virtual_pipeline_size is None else range(groups.virtual_pipeline_size)
     return [
-        MMARModel(config, geometry=geometry, vocab_size=vocab_size, groups=groups, seed=seed, vp_stage=chunk)
+        MMARModel(
+            config,
+            geometry=geometry,
+            vocab_size=vocab_size,
+            groups=groups,
+            seed=seed,
+            vp_stage=chunk,
+            draw_weights=draw_weights,
+        )
         for chunk in chunks
     ]

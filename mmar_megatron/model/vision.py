@@ -48,14 +48,12 @@ class ViTBlock(nn.Module):
 
 
 class EmbeddingViT(nn.Module):
-    """Reads the clean, visible tokens of an image. Visible tokens attend among themselves only, so nothing of a masked one can leak."""
+    """Reads the clean, visible tokens of an image, which attend among themselves only: nothing of a masked one can leak."""
 
     def __init__(self, config: EmbeddingViTConfig, *, channels: int, grid_height: int, grid_width: int) -> None:
         super().__init__()
         self.patch_embed = nn.Linear(channels, config.hidden_size)
-        self.position = PositionEmbedding2D(
-            grid_height=grid_height, grid_width=grid_width, width=config.hidden_size, std=0.02
-        )
+        self.position = PositionEmbedding2D(grid_height=grid_height, grid_width=grid_width, width=config.hidden_size, std=0.02)
         self.blocks = nn.ModuleList(
             ViTBlock(width=config.hidden_size, num_heads=config.num_attention_heads, mlp_ratio=config.mlp_ratio)
             for _ in range(config.num_layers)

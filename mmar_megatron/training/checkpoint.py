@@ -73,8 +73,9 @@ def save(engine: Engine, *, run_dir: str | Path, progress: Progress, config_yaml
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     torch.distributed.barrier()
-    state = {**engine.sharded_state_dict(), "progress": asdict(progress), **_generators(groups)}
-    dist_checkpointing.save(state, str(partial))
+    with engine.evaluating():  # parameters may still be on their way from the ranks that updated them
+        state = {**engine.sharded_state_dict(), "progress": asdict(progress), **_generators(groups)}
+        dist_checkpointing.save(state, str(partial))
     if is_main:
         (partial / "config.yaml").write_text(config_yaml)
         _write_manifest(partial, progress=progress, groups=groups)

@@ -42,6 +42,7 @@ class Trainer:
         self.config_yaml = command.yaml
         self.run_dir = Path(config.run_dir)
         self.progress = self._restore()
+        self._counted = self.progress.step
         self.loader = TrainLoader(
             config.data,
             seed=config.seed,
@@ -130,20 +131,22 @@ class Trainer:
         """Of this one step, so that a resumed run prints what an uninterrupted one does."""
         model, sums, counts = self.config.model, result.sums, result.counts
         text, image = float(sums.text / counts.text.clamp(min=1)), float(sums.image / counts.image.clamp(min=1))
-        metrics = {
+        loss = model.text_loss_weight * text + model.image_loss_weight * image
+        alignment: dict[str, float | None] = {}
+        if model.alignment_loss_weight > 0:
+            alignment["loss_alignment"] = aligned = float(sums.alignment / counts.alignment.clamp(min=1))
+            loss += model.alignment_loss_weight * aligned
+        return {
             "consumed_samples": self.progress.consumed_samples,
             "consumed_tokens": self.progress.consumed_samples * self.config.data.sequence_length,
-            "loss": model.text_loss_weight * text + model.image_loss_weight * image,
+            "loss": loss,
             "loss_text": text,
             "loss_image": image,
+            **alignment,
             "grad_norm": result.grad_norm,
             "lr": learning_rate,
             "skipped_steps": self.progress.skipped_steps,
         }
-        if model.alignment_loss_weight > 0:
-            metrics["loss_alignment"] = float(sums.alignment / counts.alignment.clamp(min=1))
-            metrics["loss"] += model.alignment_loss_weight * metrics["loss_alignment"]
-        return metrics
 
     def _count(self, throughput: Throughput, counts_in_window: Tensor) -> None:
         """Add the steps since the last report; the counts stay on the device until then."""
@@ -189,7 +192,6 @@ class Trainer:
             path = checkpoint.resolve(init_from)
             checkpoint.load_weights(self.engine, path)
             self._say(f"starts from the weights of {path}")
-        self._counted = progress.step
         return progress
 
     def _save(self) -> None:

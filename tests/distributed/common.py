@@ -7,7 +7,8 @@ from itertools import islice
 from pathlib import Path
 
 from mmar_megatron import parallel, platform
-from mmar_megatron.config import CommandLine, parse_command_line, validate_world
+from mmar_megatron.config import CommandLine, parse_command_line
+from mmar_megatron.config_checks import validate_world
 from mmar_megatron.data.codec import PatchCodec
 from mmar_megatron.data.loader import DataSource, TrainLoader
 from mmar_megatron.data.prepare import make_shapes

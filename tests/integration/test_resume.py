@@ -50,12 +50,12 @@ def test_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
     data = make_data(tmp_path / "shapes")
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     arguments = [*MODEL, *SCHEDULE, *options, "--data.path", str(data)]
-    run_group("pretrain_mmar.py", *arguments, "--run_dir", str(whole), nproc=nproc)
+    run_group("pretrain_mmar.py", *arguments, "--run_dir", str(whole), nproc=nproc, timeout=240)
 
     shutil.copytree(whole, resumed)
     shutil.rmtree(resumed / "checkpoints" / "step_00000006")
     shutil.rmtree(resumed / "previews")
-    output = run_group("pretrain_mmar.py", *arguments, "--run_dir", str(resumed), nproc=nproc)
+    output = run_group("pretrain_mmar.py", *arguments, "--run_dir", str(resumed), nproc=nproc, timeout=240)
 
     assert f"continues {resumed}/checkpoints/step_00000003 at step 3" in output
     assert [row["step"] for row in rows(resumed)] == [1, 2, 3, 4, 5, 6]

@@ -1,0 +1,180 @@
+"""Contradictions in a configuration, each refused in one sentence with the fix, before anything is built."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import Namespace
+
+if TYPE_CHECKING:
+    from mmar_megatron.config import Config
+
+AT_LEAST_ONE = (
+    *("model.backbone.num_layers", "model.backbone.hidden_size", "model.backbone.num_attention_heads"),
+    *("model.make_vocab_size_divisible_by", "model.embedding_vit.num_layers", "model.embedding_vit.hidden_size"),
+    *("model.embedding_vit.num_attention_heads", "model.head.depth", "model.head.width", "model.head.timestep_multiplier"),
+    *("model.diffusion.num_timesteps", "data.codec.image_size", "data.codec.patch_size", "data.sequence_length"),
+    *("parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size", "parallel.context_parallel_size"),
+    *("train.steps", "train.micro_batch_size", "train.global_batch_size", "train.log_every"),
+    *("validation.samples", "validation.timesteps", "preview.images", "preview.rounds", "preview.sampling_steps"),
+)
+NOT_NEGATIVE = (
+    *("seed", "data.num_workers", "validation.every", "preview.every", "checkpoint.every", "model.alignment_loss_weight"),
+    *("data.tasks.text_to_image", "data.tasks.image_to_text", "data.tasks.image_only"),
+    *("optimizer.lr", "optimizer.min_lr", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_grad"),
+)
+SHARES = ("data.mask_ratio.minimum", "data.caption_dropout", "data.max_bad_fraction")
+NOT_EMPTY = ("data.languages", "validation.mask_ratios")
+NOT_OURS = {
+    "normalization": ("RMSNorm", "the backbone's norm is RMSNorm"),
+    "rotary_interleaved": (False, "the rotary embedding turns halves, as in Llama"),
+    "num_moe_experts": (None, "the backbone is dense"),
+    "multi_latent_attention": (False, "attention is grouped-query attention"),
+}
+"""Fields of megatron-core's that would be ignored, and what holds in their place."""
+
+
+def validate(cfg: Namespace) -> None:
+    """Refuse what contradicts itself or cannot be built.
+
+    Raises:
+        ValueError: with the option and the fix.
+    """
+    _check_ranges(cfg)
+    _check_model(cfg)
+    _check_layout(cfg)
+    _check_data(cfg)
+    _divides(cfg, "train.global_batch_size", "train.micro_batch_size")
+    _require(
+        cfg.checkpoint.init_from is None or cfg.resume in ("auto", "never"),
+        "checkpoint.init_from starts anew from weights alone, resume continues a run: give one of them.",
+    )
+
+
+def _require(condition: Any, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _divides(cfg: Namespace, larger: str, smaller: str) -> None:
+    _require(
+        cfg[larger] % cfg[smaller] == 0,
+        f"{larger} {cfg[larger]} is not divisible by {smaller} {cfg[smaller]}: change one of them.",
+    )
+
+
+def _check_ranges(cfg: Namespace) -> None:
+    for option in AT_LEAST_ONE:
+        _require((cfg[option] or 0) >= 1, f"{option} is {cfg[option]}: it must be at least 1.")
+    for option in NOT_NEGATIVE:
+        _require(cfg[option] >= 0, f"{option} is {cfg[option]}: it must not be negative.")
+    for option in SHARES:
+        _require(0 <= cfg[option] <= 1, f"{option} is {cfg[option]}: it is a share, between 0 and 1.")
+    for option in NOT_EMPTY:
+        _require(cfg[option], f"{option} is empty: give at least one.")
+    for name, (ours, reason) in NOT_OURS.items():
+        _require(cfg.model.backbone[name] == ours, f"model.backbone.{name} would be ignored, for {reason}: leave it out.")
+
+
+def _check_model(cfg: Namespace) -> None:
+    model, backbone = cfg.model, cfg.model.backbone
+    if backbone.num_query_groups is not None:
+        _divides(cfg, "model.backbone.num_attention_heads", "model.backbone.num_query_groups")
+    if backbone.kv_channels is None:
+        _divides(cfg, "model.backbone.hidden_size", "model.backbone.num_attention_heads")
+    width = backbone.kv_channels or backbone.hidden_size // backbone.num_attention_heads
+    _require(
+        width % 2 == 0,
+        f"A head is {width} channels wide, which the rotary embedding cannot halve: change model.backbone.kv_channels.",
+    )
+    _divides(cfg, "model.embedding_vit.hidden_size", "model.embedding_vit.num_attention_heads")
+    _require(
+        model.alignment_loss_weight == 0 or model.alignment_features > 0,
+        "model.alignment_loss_weight is not 0: give model.alignment_features, the width of the teacher's features.",
+    )
+    _require(
+        cfg.preview.sampling_steps <= model.diffusion.num_timesteps,
+        f"preview.sampling_steps {cfg.preview.sampling_steps} is more than the model.diffusion.num_timesteps "
+        f"{model.diffusion.num_timesteps} there are: lower it.",
+    )
+
+
+def _check_layout(cfg: Namespace) -> None:
+    parallel, backbone = cfg.parallel, cfg.model.backbone
+    tensor, chunks = "parallel.tensor_model_parallel_size", parallel.virtual_pipeline_model_parallel_size
+    _divides(cfg, "model.backbone.num_attention_heads", tensor)
+    if backbone.num_query_groups is not None:
+        _divides(cfg, "model.backbone.num_query_groups", tensor)
+    _divides(cfg, "model.make_vocab_size_divisible_by", tensor)
+    if parallel.sequence_parallel:
+        _require(cfg[tensor] > 1, f"parallel.sequence_parallel shards over {tensor} 1: switch it off, or raise that.")
+        _divides(cfg, "data.sequence_length", tensor)
+    _require(
+        parallel.context_parallel_size == 1,
+        "Context parallelism does not know the mixed attention mask: set parallel.context_parallel_size to 1.",
+    )
+    if chunks is not None:
+        _require(
+            parallel.pipeline_model_parallel_size > 1 and chunks > 1,
+            "The interleaved schedule needs parallel.pipeline_model_parallel_size and virtual_pipeline_model_parallel_size above 1: "
+            "raise them, or leave out the latter.",
+        )
+        # megatron-core 0.16.1 does not check this, and its results are silently wrong.
+        _require(parallel.overlap_p2p_comm, "The interleaved schedule needs parallel.overlap_p2p_comm: switch it on.")
+    uneven = any(backbone[f"num_layers_in_{end}_pipeline_stage"] for end in ("first", "last"))
+    pieces = parallel.pipeline_model_parallel_size * (chunks or 1)
+    _require(
+        uneven or backbone.pipeline_model_parallel_layout or backbone.num_layers % pieces == 0,
+        f"model.backbone.num_layers {backbone.num_layers} is not divisible by the {pieces} pieces of the pipeline: change one of them, "
+        "or give model.backbone.num_layers_in_first_pipeline_stage.",
+    )
+    _require(
+        not parallel.overlap_param_gather or parallel.overlap_grad_reduce,
+        "parallel.overlap_param_gather needs parallel.overlap_grad_reduce: switch that on too.",
+    )
+
+
+def _check_data(cfg: Namespace) -> None:
+    data = cfg.data
+    _divides(cfg, "data.codec.image_size", "data.codec.patch_size")
+    image_tokens = (data.codec.image_size // data.codec.patch_size) ** 2
+    _require(
+        image_tokens + 4 < data.sequence_length,
+        f"An image is {image_tokens} tokens, which with its marks and some text does not fit data.sequence_length "
+        f"{data.sequence_length}: make that larger, or data.codec.patch_size.",
+    )
+    tasks = data.tasks
+    _require(tasks.text_to_image + tasks.image_to_text + tasks.image_only > 0, "data.tasks are all 0: make one of them positive.")
+    _require(data.mask_ratio.std > 0, f"data.mask_ratio.std is {data.mask_ratio.std}: it must be above 0.")
+    _require(
+        all(0 < ratio <= 1 for ratio in cfg.validation.mask_ratios),
+        f"validation.mask_ratios are shares above 0 and up to 1, not {cfg.validation.mask_ratios}: change them.",
+    )
+
+
+def validate_world(config: Config, *, world_size: int) -> None:
+    """Refuse a number of processes that does not fit the layout and the batch.
+
+    Raises:
+        ValueError: as it says.
+    """
+    parallel, train = config.parallel, config.train
+    replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    _require(
+        world_size % replica == 0,
+        f"{world_size} processes do not divide into replicas of {replica} "
+        "(parallel.tensor_model_parallel_size x pipeline_model_parallel_size): start a multiple of that.",
+    )
+    ranks = world_size // replica
+    _require(
+        train.global_batch_size % (train.micro_batch_size * ranks) == 0,
+        f"train.global_batch_size {train.global_batch_size} is not "
+        f"divisible by train.micro_batch_size {train.micro_batch_size} x {ranks} data-parallel ranks: change one of them.",
+    )
+    microbatches = train.global_batch_size // (train.micro_batch_size * ranks)
+    if parallel.virtual_pipeline_model_parallel_size is not None:
+        _require(
+            microbatches % parallel.pipeline_model_parallel_size == 0,
+            f"The interleaved schedule needs the number of microbatches "
+            f"({microbatches}) to be a multiple of parallel.pipeline_model_parallel_size: change train.global_batch_size.",
+        )

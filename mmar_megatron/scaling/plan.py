@@ -1,0 +1,345 @@
+"""What a run needs, before it runs: the parameters and memory of each pipeline stage, the operations of a step.
+
+Nothing is estimated that can be built. Each stage of the configured layout is made by the very code that trains, on torch's meta
+device, where tensors have shapes and no storage, and within process groups that are only pretended. So a job of a thousand
+processes is planned in one, in about a second. Activations and communication buffers are not counted.
+
+N tokens of an image.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from statistics import NormalDist, fmean
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
+
+from mmar_megatron import parallel
+from mmar_megatron.config import Config, MaskRatioConfig, TransformerConfig
+from mmar_megatron.config_checks import validate_world
+from mmar_megatron.data.loader import DataSource
+from mmar_megatron.model.image_geometry import ImageGeometry
+from mmar_megatron.model.mmar_model import MMARModel, build_model, padded_vocab_size
+from mmar_megatron.parallel import ParallelGroups
+from mmar_megatron.scaling.flops import ModelShape, StepCounts, StepFlops, step_flops
+
+_BYTES = {"fp32": (4, 4, 8), "bf16": (2, 4, 12)}
+"""Bytes for each parameter: weight, gradient (summed in fp32), optimizer (two moments, and beside bf16 the fp32 weight)."""
+
+_PARTS = {
+    "decoder.": "backbone",
+    "embedding.word_embeddings.": "words",
+    "output_layer.": "words",
+    "embedding.embedding_vit.": "EmbeddingViT",
+    "embedding.": "projectors",  # with the mask embedding and the image positions
+    "post_projector.": "projectors",
+    "alignment_projector.": "projectors",
+    "diffusion_head.": "diffusion head",
+}
+"""What a parameter belongs to, by how its name in checkpoints begins; the first that fits counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on each rank of a stage."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    """This rank's shard: the distributed optimizer divides its state over the data-parallel ranks."""
+
+    @property
+    def total(self) -> int:
+        """All three."""
+        return self.weights + self.gradients + self.optimizer
+
+    @classmethod
+    def of(cls, parameters: int, *, dtype: str, data_parallel_size: int) -> Memory:
+        """Of the native engine, but for the few bytes by which it pads its buffers."""
+        weight, gradient, optimizer = _BYTES[dtype]
+        return cls(
+            weights=weight * parameters,
+            gradients=gradient * parameters,
+            optimizer=math.ceil(optimizer * parameters / data_parallel_size),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One pipeline stage, as each of its tensor-parallel ranks holds it."""
+
+    layers: tuple[tuple[int, ...], ...]
+    """Numbers of the layers, from 1, in each of its model chunks."""
+    parameters: int
+    memory: Memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run needs."""
+
+    layout: str
+    """In words."""
+    world_size: int
+    dtype: str
+    parameters: dict[str, int]
+    """Of the whole model by part, each counted once, however many ranks hold it."""
+    stages: tuple[Stage, ...]
+    counts: StepCounts
+    """Expected rows of one step."""
+    flops: StepFlops
+    """Expected operations of one step, over all devices."""
+    microbatches: int
+    """In one step, on each data-parallel rank."""
+    steps: int
+
+    @property
+    def tokens(self) -> int:
+        """Positions in one step, padding included, as `consumed_tokens` counts them."""
+        return self.counts.sequences * self.counts.sequence_length
+
+    def table(self) -> str:
+        """All of it, to be read by a person."""
+        blocks = (self._layout(), self._parameters(), self._memory(), self._step(), self._flops(), self._run())
+        return "\n\n".join("\n".join(block) for block in blocks)
+
+    def _layout(self) -> list[str]:
+        return [f"{self.layout} = {self.world_size:,} {'process' if self.world_size == 1 else 'processes'}, {self.dtype}"]
+
+    def _parameters(self) -> list[str]:
+        total = sum(self.parameters.values())
+        rows = [("parameters", f"{total:,}", "")]
+        rows += [(f"  {part}", f"{number:,}", f"{number / total:.1%}") for part, number in self.parameters.items()]
+        return _columns(rows)
+
+    def _memory(self) -> list[str]:
+        rows: list[tuple[str, ...]] = [("on each rank", "layers", "parameters", "weights", "gradients", "optimizer", "together")]
+        for number, stage in enumerate(self.stages):
+            memory = stage.memory
+            sizes = (memory.weights, memory.gradients, memory.optimizer, memory.total)
+            rows.append((f"  stage {number}", _ranges(stage.layers), f"{stage.parameters:,}", *map(_size, sizes)))
+        return [*_columns(rows), "  activations and communication buffers come on top"]
+
+    def _step(self) -> list[str]:
+        counts = self.counts
+        return [
+            f"one step: {counts.sequences:,} samples of {counts.sequence_length:,} positions = {self.tokens:,} tokens, "
+            f"{self.microbatches:,} {'microbatch' if self.microbatches == 1 else 'microbatches'} on each data-parallel rank",
+            f"  expected to be learned: {counts.masked:,} masked image tokens, {counts.labels:,} text tokens",
+        ]
+
+    def _flops(self) -> list[str]:
+        flops = self.flops
+        parts = {
+            "backbone": flops.backbone.total,
+            "logits": flops.logits.total,
+            "EmbeddingViT": flops.embedding_vit.total,
+            "projectors": flops.projectors.total,
+            "diffusion head": flops.head.total,
+        }
+        rows = [("FLOPs of a step", f"{flops.model:.3e}", "")]
+        rows += [(f"  {part}", f"{number:.3e}", f"{number / flops.model:.1%}") for part, number in parts.items()]
+        if flops.recompute:
+            rows.append(("and recomputation", f"{flops.recompute:.3e}", f"+{flops.recompute / flops.model:.1%}"))
+        return _columns(rows)
+
+    def _run(self) -> list[str]:
+        samples, flops = self.steps * self.counts.sequences, self.steps * self.flops.executed
+        return [f"the run: {self.steps:,} steps, {samples:,} samples, {self.steps * self.tokens:,} tokens, {flops:.3e} FLOPs"]
+
+
+def plan(
+    config: Config, *, geometry: ImageGeometry, vocab_size: int, labels_per_caption: float, world_size: int | None = None
+) -> Plan:
+    """Plan a run, in one process and without a launcher. No process group may exist yet; none is left.
+
+    Args:
+        config: the whole configuration, validated.
+        geometry: grid and channels of the image codec.
+        vocab_size: of the tokenizer.
+        labels_per_caption: text tokens to be learned in each image-to-text sample; `labels_per_caption` measures it.
+        world_size: processes of the job; none: one replica of the model.
+
+    Raises:
+        ValueError: the number of processes does not fit the layout and the batch.
+    """
+    layout, train = config.parallel, config.train
+    replica = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size
+    world_size = world_size or replica
+    validate_world(config, world_size=world_size)
+    data_parallel_size = world_size // replica
+
+    stages: list[Stage] = []
+    whole_sizes: dict[str, int] = {}
+    for number in range(layout.pipeline_model_parallel_size):
+        with stage_on_meta(config, number, geometry=geometry, vocab_size=vocab_size, world_size=world_size) as (groups, chunks):
+            in_words = groups.describe()
+            parameters = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+            stages.append(
+                Stage(
+                    layers=tuple(tuple(layer.layer_number for layer in chunk.decoder.layers) for chunk in chunks),
+                    parameters=parameters,
+                    memory=Memory.of(parameters, dtype=config.precision.dtype, data_parallel_size=data_parallel_size),
+                )
+            )
+            for chunk in chunks:
+                whole_sizes |= _whole_sizes(chunk)
+
+    tokens_per_image = geometry.grid_height * geometry.grid_width
+    shape = ModelShape.of(
+        config.model,
+        vocab_size=padded_vocab_size(config.model, vocab_size),
+        tokens_per_image=tokens_per_image,
+        token_channels=geometry.channels,
+        condition_width=config.model.head.width,
+    )
+    counts = expected_counts(config, tokens_per_image=tokens_per_image, labels_per_caption=labels_per_caption)
+    return Plan(
+        layout=in_words,
+        world_size=world_size,
+        dtype=config.precision.dtype,
+        parameters=_by_part(whole_sizes),
+        stages=tuple(stages),
+        counts=counts,
+        flops=_with_recomputation(step_flops(shape, counts), backbone=config.model.backbone, stages=stages),
+        microbatches=train.global_batch_size // (train.micro_batch_size * data_parallel_size),
+        steps=train.steps,
+    )
+
+
+@contextmanager
+def stage_on_meta(
+    config: Config, number: int, *, geometry: ImageGeometry, vocab_size: int, world_size: int
+) -> Iterator[tuple[ParallelGroups, list[MMARModel]]]:
+    """The model chunks of pipeline stage `number`, as its first rank builds them, with shapes and no storage.
+
+    Args:
+        world_size: processes of the job; the groups, which pretend to be that many, end with the block.
+    """
+    # megatron-core's own initial draw, which ours replaces in training, and its `device=cuda` would both ask for real storage.
+    backbone = copy.copy(config.model.backbone)
+    backbone.perform_initialization = False
+    backbone.use_cpu_initialization = True
+    # The pipeline is outermost, so the first rank of each stage is a multiple of the ranks of one.
+    rank = number * (world_size // config.parallel.pipeline_model_parallel_size)
+    groups = parallel.initialize_fake(config.parallel, rank=rank, world_size=world_size)
+    try:
+        with torch.device("meta"):
+            yield (
+                groups,
+                build_model(
+                    replace(config.model, backbone=backbone),
+                    geometry=geometry,
+                    vocab_size=vocab_size,
+                    groups=groups,
+                    seed=config.seed,
+                    draw_weights=False,
+                ),
+            )
+    finally:
+        parallel.leave()
+
+
+def _whole_sizes(chunk: MMARModel) -> dict[str, int]:
+    """Elements of each tensor that this chunk holds a shard of, by its name in checkpoints.
+
+    These names are one for all shards, for all layers (a tensor then has them stacked), and for both copies of tied embeddings.
+    """
+    state = chunk.sharded_state_dict(prefix="")
+    tensors = {name: value for name, value in state.items() if isinstance(value, ShardedTensor | ShardedTensorFactory)}
+    apply_factories(tensors)
+    return {shard.key: math.prod(shard.global_shape) for shard in nested_values(tensors)}
+
+
+def _by_part(sizes: dict[str, int]) -> dict[str, int]:
+    total: Counter[str] = Counter(dict.fromkeys(_PARTS.values(), 0))
+    for name, size in sizes.items():
+        total[next(part for beginning, part in _PARTS.items() if name.startswith(beginning))] += size
+    return dict(total)
+
+
+def _with_recomputation(flops: StepFlops, *, backbone: TransformerConfig, stages: Sequence[Stage]) -> StepFlops:
+    """With the forward passes that full recomputation repeats: of all layers, or (`block`) of the first of each chunk."""
+    if backbone.recompute_granularity != "full":
+        return flops
+    layers = [len(chunk) for stage in stages for chunk in stage.layers]
+    repeated = layers if backbone.recompute_method == "uniform" else [min(n, backbone.recompute_num_layers) for n in layers]
+    return replace(flops, recompute=flops.backbone.forward * sum(repeated) // sum(layers))
+
+
+def expected_counts(config: Config, *, tokens_per_image: int, labels_per_caption: float) -> StepCounts:
+    """Rows that each part sees in an average step, from the configured shares of tasks and mask ratios.
+
+    Args:
+        tokens_per_image: N.
+        labels_per_caption: text tokens to be learned in each image-to-text sample.
+    """
+    tasks, samples = config.data.tasks, config.train.global_batch_size
+    captioned = tasks.image_to_text / (tasks.text_to_image + tasks.image_to_text + tasks.image_only)
+    return StepCounts(
+        sequences=samples,
+        sequence_length=config.data.sequence_length,
+        images=samples,
+        labels=round(samples * captioned * labels_per_caption),
+        masked=round(samples * (1 - captioned) * expected_masked(config.data.mask_ratio, tokens_per_image=tokens_per_image)),
+    )
+
+
+def expected_masked(config: MaskRatioConfig, *, tokens_per_image: int) -> float:
+    """Mean number of masked tokens of an image that is painted, exactly.
+
+    max(1, ceil(r N)) exceeds k in 1 .. N - 1 just where r > k / N, so its mean is 1 + the sum over k of P(r > k / N).
+    """
+    shares = [k / tokens_per_image for k in range(1, tokens_per_image)]
+    return 1 + sum(1.0 if share < config.minimum else _share_above(share, config) for share in shares)
+
+
+def _share_above(ratio: float, config: MaskRatioConfig) -> float:
+    """P(r > ratio) for a ratio in [minimum, 1)."""
+    if config.distribution == "uniform":
+        return (1 - ratio) / (1 - config.minimum)
+    normal = NormalDist(config.mean, config.std)
+    return (normal.cdf(1.0) - normal.cdf(ratio)) / (normal.cdf(1.0) - normal.cdf(config.minimum))
+
+
+def labels_per_caption(source: DataSource) -> float:
+    """Mean number of text tokens to be learned in an image-to-text sample of the training split, from the index alone.
+
+    As the loader draws: each sample, each configured language it has, and each caption in that are equally likely. A caption
+    that fits is learned with its <eos>; a longer one is cut, and has none.
+    """
+    longest = source.builder.max_text
+    means = []
+    for shard in source.index.shards:
+        if shard.split == "train":
+            for lengths in shard.caption_tokens:
+                of_languages = [lengths[language] for language in source.config.languages if language in lengths]
+                means.append(fmean(fmean(n + 1 if n <= longest else longest for n in captions) for captions in of_languages))
+    return fmean(means)
+
+
+def _ranges(chunks: Sequence[Sequence[int]]) -> str:
+    """((1, 2, 3), (9, 10, 11)) -> 1-3, 9-11."""
+    return ", ".join("-".join(map(str, sorted({chunk[0], chunk[-1]}))) for chunk in chunks if chunk)
+
+
+def _size(number: int) -> str:
+    """Bytes as a person reads them."""
+    return f"{number / 2**30:,.2f} GiB" if number >= 2**29 else f"{number / 2**20:,.1f} MiB"
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows with their columns aligned: names to the left, figures to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, *figures in rows:
+        right = (figure.rjust(width) for figure, width in zip(figures, widths[1:], strict=True))
+        lines.append("  ".join((name.ljust(widths[0]), *right)).rstrip())
+    return lines
