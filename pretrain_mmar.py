@@ -11,21 +11,40 @@ from __future__ import annotations
 import sys
 
 from mmar_megatron import parallel, platform
-from mmar_megatron.config import CommandLine, parse_command_line
+from mmar_megatron.config import CommandLine, Config, parse_command_line
 from mmar_megatron.config_checks import validate_world
 from mmar_megatron.data.loader import DataSource
 from mmar_megatron.data.prepare import ensure_data
+from mmar_megatron.data.shards import BadDataError
 from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.model.mmar_model import build_model
+from mmar_megatron.scaling.plan import labels_per_caption, plan
 from mmar_megatron.training.trainer import Trainer
+
+
+def main(argv: list[str]) -> None:
+    """From the command line to the last step."""
+    try:
+        command = parse_command_line(argv)
+        if command.dry_run:
+            print_plan(command.config)
+            return
+        validate_world(command.config, world_size=platform.world_size())
+        trainer = build(command)
+    except (ValueError, OSError) as error:  # what a user can mend: options, data, paths
+        sys.exit(f"error: {error}")
+    try:
+        trainer.fit()
+    except BadDataError as error:
+        sys.exit(f"error: {error}")
+    parallel.leave()
 
 
 def build(command: CommandLine) -> Trainer:
     """Build everything, in the order in which each part needs the one before."""
     config = command.config
     groups = parallel.initialize(config.parallel)
-    validate_world(config, world_size=groups.world_size)
     platform.seed_everything(config.seed, tensor_rank=groups.tensor.rank())
 
     with groups.main_process_first():
@@ -42,14 +61,17 @@ def build(command: CommandLine) -> Trainer:
     return Trainer(command, engine=engine, groups=groups)
 
 
-def main(argv: list[str]) -> None:
-    """From the command line to the last step."""
-    try:
-        trainer = build(parse_command_line(argv))
-    except (ValueError, OSError) as error:  # what a user can mend: options, data, paths
-        sys.exit(f"error: {error}")
-    trainer.fit()
-    parallel.leave()
+def print_plan(config: Config) -> None:
+    """What the run would need: parameters and memory of each stage, operations of a step. Any layout, in one process."""
+    ensure_data(config.data)
+    source = DataSource(config.data)
+    planned = plan(
+        config,
+        geometry=ImageGeometry.of(source.codec),
+        vocab_size=source.tokenizer.vocab_size,
+        labels_per_caption=labels_per_caption(source),
+    )
+    print(planned.table())
 
 
 if __name__ == "__main__":

@@ -370,12 +370,12 @@ def _backbone_defaults() -> dict[str, Any]:
 
 
 def _to_yaml(parser: ArgumentParser, cfg: Namespace) -> str:
-    """All sections; of the 240 fields of the backbone only what differs from megatron-core's defaults."""
+    """All sections; of the 240 fields of the backbone only what differs from megatron-core's defaults or ours."""
     values = yaml.safe_load(parser.dump(cfg, skip_none=False))
     given, defaults = cfg.model.backbone, _backbone_defaults()
     values["model"]["backbone"] = {
         name: value
         for name, value in values["model"]["backbone"].items()
-        if defaults[name] is not MISSING and given[name] != defaults[name]
+        if name in BACKBONE_DEFAULTS or (defaults[name] is not MISSING and given[name] != defaults[name])
     }
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -116,8 +116,8 @@ def _check_layout(cfg: Namespace) -> None:
     if chunks is not None:
         _require(
             parallel.pipeline_model_parallel_size > 1 and chunks > 1,
-            "The interleaved schedule needs parallel.pipeline_model_parallel_size and virtual_pipeline_model_parallel_size above 1: "
-            "raise them, or leave out the latter.",
+            "The interleaved schedule needs parallel.pipeline_model_parallel_size and virtual_pipeline_model_parallel_size "
+            "above 1: raise them, or leave out the latter.",
         )
         # megatron-core 0.16.1 does not check this, and its results are silently wrong.
         _require(parallel.overlap_p2p_comm, "The interleaved schedule needs parallel.overlap_p2p_comm: switch it on.")
@@ -125,8 +125,8 @@ def _check_layout(cfg: Namespace) -> None:
     pieces = parallel.pipeline_model_parallel_size * (chunks or 1)
     _require(
         uneven or backbone.pipeline_model_parallel_layout or backbone.num_layers % pieces == 0,
-        f"model.backbone.num_layers {backbone.num_layers} is not divisible by the {pieces} pieces of the pipeline: change one of them, "
-        "or give model.backbone.num_layers_in_first_pipeline_stage.",
+        f"model.backbone.num_layers {backbone.num_layers} is not divisible by the {pieces} pieces of the pipeline: "
+        "change one of them, or give model.backbone.num_layers_in_first_pipeline_stage.",
     )
     _require(
         not parallel.overlap_param_gather or parallel.overlap_grad_reduce,

@@ -70,11 +70,7 @@ class ParallelGroups:
 
 
 def initialize(config: ParallelConfig) -> ParallelGroups:
-    """Join the job and build the process groups of the layout.
-
-    Raises:
-        ValueError: the number of processes does not fit the layout.
-    """
+    """Join the job and build the process groups of a layout that `validate_world` has found to fit the number of processes."""
     platform.init_process_group()
     return _build_groups(config, create_gloo_process_groups=True)
 
@@ -83,9 +79,6 @@ def initialize_fake(config: ParallelConfig, *, rank: int, world_size: int) -> Pa
     """Stand in for one rank of a job that does not run: to build its part of a model on the meta device, and no more.
 
     torch's `fake` backend has groups of any size in one process, and its collectives do nothing. `leave` ends it.
-
-    Raises:
-        ValueError: the number of processes does not fit the layout.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -94,13 +87,6 @@ def initialize_fake(config: ParallelConfig, *, rank: int, world_size: int) -> Pa
 
 
 def _build_groups(config: ParallelConfig, *, create_gloo_process_groups: bool) -> ParallelGroups:
-    world = torch.distributed.get_world_size()
-    model_parallel = config.tensor_model_parallel_size * config.pipeline_model_parallel_size
-    if world % model_parallel:
-        raise ValueError(
-            f"{world} processes cannot hold replicas of tensor_model_parallel_size {config.tensor_model_parallel_size} x "
-            f"pipeline_model_parallel_size {config.pipeline_model_parallel_size}: start a multiple of {model_parallel}."
-        )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,

@@ -42,6 +42,11 @@ def peak_memory_bytes() -> int | None:
     return torch.cuda.max_memory_allocated() if HAS_CUDA else None
 
 
+def world_size() -> int:
+    """Processes that the launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def init_process_group() -> None:
     """Join the job's process group: NCCL on GPUs, else gloo. One process needs no launcher."""
     if torch.distributed.is_initialized():

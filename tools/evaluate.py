@@ -2,9 +2,9 @@
 
     python tools/evaluate.py --run_dir runs/quickstart [--images 96]
 
-Writes RUN_DIR/samples.png (held-out captions with the images drawn for them) and RUN_DIR/scores.json, prints the scores beside their
-targets, and exits with 1 where one is missed. On `shapes` the pictures are scored by a rule on their pixels, and the captions of pictures
-with one object must be exactly right; other data sets are judged by their losses.
+Writes RUN_DIR/samples.png (held-out captions with the images drawn for them) and RUN_DIR/scores.json, prints the scores beside
+their targets, and exits with 1 where one is missed. On `shapes` the pictures are scored by a rule on their pixels, and the captions
+of pictures with one object must be exactly right; other data sets are judged by their losses.
 """
 
 from __future__ import annotations
@@ -90,10 +90,13 @@ def main(argv: list[str]) -> int:
 
 def _one_process(config_yaml: Path) -> Config:
     """The run's configuration, in the layout of one process."""
-    options = ("tensor_model_parallel_size", "1"), ("pipeline_model_parallel_size", "1")
-    options += ("virtual_pipeline_model_parallel_size", "null"), ("sequence_parallel", "false")
-    flat = [word for name, value in options for word in (f"--parallel.{name}", value)]
-    return parse_command_line(["--config", str(config_yaml), *flat]).config
+    layout = [
+        *("--parallel.tensor_model_parallel_size", "1", "--parallel.pipeline_model_parallel_size", "1"),
+        *("--parallel.virtual_pipeline_model_parallel_size", "null", "--parallel.sequence_parallel", "false"),
+        *("--model.backbone.num_layers_in_first_pipeline_stage", "null"),
+        *("--model.backbone.num_layers_in_last_pipeline_stage", "null"),
+    ]
+    return parse_command_line(["--config", str(config_yaml), *layout]).config
 
 
 def _load(config: Config, path: Path) -> tuple[NativeEngine, DataSource, ParallelGroups]:

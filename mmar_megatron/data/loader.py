@@ -22,7 +22,7 @@ from mmar_megatron.data.batch import Batch
 from mmar_megatron.data.codec import ImageCodec, build_codec
 from mmar_megatron.data.draw import Permutation, Use, draw_mask, draw_mask_ratio, draw_task, sample_generator
 from mmar_megatron.data.sequence import Document, DocumentBuilder, DocumentImage, assemble
-from mmar_megatron.data.shards import Index, Sample, ShardReader, Split
+from mmar_megatron.data.shards import BadDataError, Index, Sample, ShardReader, Split
 from mmar_megatron.data.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -237,16 +237,22 @@ class TrainLoader:
             pin_memory=self._pin_memory,
             generator=Generator(),
         )
-        for batch, counts in loader:
-            self.counts = self.counts.plus(counts)
-            self._check_bad_fraction()
-            yield batch
+        try:
+            for batch, counts in loader:
+                self.counts = self.counts.plus(counts)
+                self._check_bad_fraction()
+                yield batch
+        except BadDataError as error:
+            # torch puts a worker's traceback before the message, which is all that a user can act on.
+            raise BadDataError(
+                str(error).strip().splitlines()[-1].removeprefix(f"{BadDataError.__module__}.BadDataError: ")
+            ) from error
 
     def _check_bad_fraction(self) -> None:
         limit = self.source.config.max_bad_fraction
         read = max(self.counts.read, min(_LEAST_READ, len(self._reader)))
         if self.counts.skipped > limit * read:
-            raise ValueError(
+            raise BadDataError(
                 f"{self.source.config.path}: {self.counts.skipped} images could not be decoded while reading {self.counts.read} "
                 f"samples, which is more than data.max_bad_fraction = {limit}: prepare the data set anew or raise the limit"
             )

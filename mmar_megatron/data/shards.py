@@ -80,9 +80,12 @@ class Index:
             raise ValueError(
                 f"no data set at {directory}: make one with `python tools/prepare_data.py shapes --out {directory}` (or `emoji`)"
             )
-        content = json.loads(file.read_text())
-        if content["format_version"] != FORMAT_VERSION:
+        try:
+            content = json.loads(file.read_text())
             found = content["format_version"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{file} is not a complete index: copy it again, or prepare the data set anew") from error
+        if found != FORMAT_VERSION:
             raise ValueError(f"{file} has format version {found}, this program reads {FORMAT_VERSION}: prepare the data set anew")
         return Index(**{**content, "shards": [Shard(**shard) for shard in content["shards"]]})
 
@@ -99,6 +102,10 @@ class Sample:
     def captions(self) -> dict[str, list[str]]:
         """By language."""
         return self.metadata["captions"]
+
+
+class BadDataError(ValueError):
+    """The data set turned out, while it was read, to be unfit."""
 
 
 class UndecodableImageError(Exception):
@@ -171,14 +178,14 @@ class ShardReader:
         The rule looks at the data alone, so every layout of ranks and workers replaces the same samples by the same others.
 
         Raises:
-            ValueError: no image of the split can be decoded.
+            BadDataError: no image of the split can be decoded.
         """
         for skipped in range(len(self)):
             try:
                 return self.read((number + skipped) % len(self)), skipped
             except UndecodableImageError:
                 continue
-        raise ValueError(f"no image in {self._locations[0][0].parent} can be decoded: prepare the data set anew")
+        raise BadDataError(f"no image in {self._locations[0][0].parent} can be decoded: prepare the data set anew")
 
     def _read(self, file: Path, offset: int, size: int) -> bytes:
         if file not in self._files:

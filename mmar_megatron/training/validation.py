@@ -14,8 +14,8 @@ from mmar_megatron.parallel import ParallelGroups
 class Validation:
     """The same held-out microbatches each time: a grid of (mask ratio x noise level x noise) for images, captions for text.
 
-    Beside the losses themselves it measures them under wrong conditions: an image given another one's caption, a caption given another
-    image. A model that ignores its condition, the commonest silent failure, does not mind.
+    Beside the losses themselves it measures them under wrong conditions: an image given another one's caption, a caption given
+    another image. A model that ignores its condition, the commonest silent failure, does not mind.
     """
 
     def __init__(self, config: Config, *, groups: ParallelGroups) -> None:

@@ -44,8 +44,8 @@ def command(*options: str, data: str | Path) -> CommandLine:
 def build(line: CommandLine) -> tuple[NativeEngine, TrainLoader, parallel.ParallelGroups]:
     """Engine and loader in the layout of the configuration."""
     config = line.config
+    validate_world(config, world_size=platform.world_size())
     groups = parallel.initialize(config.parallel)
-    validate_world(config, world_size=groups.world_size)
     platform.seed_everything(config.seed, tensor_rank=groups.tensor.rank())
     source = DataSource(config.data)
     model = build_model(

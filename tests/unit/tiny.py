@@ -32,8 +32,13 @@ def config_of(*options: str) -> Config:
 
 def build_tiny(groups: ParallelGroups, *options: str, seed: int = 1234) -> MMARModel:
     """The tiny model with its initial weights."""
+    return model_of(config_of(*options), groups=groups, seed=seed)
+
+
+def model_of(config: Config, *, groups: ParallelGroups, seed: int = 1234) -> MMARModel:
+    """The same, where an engine needs the configuration too."""
     geometry = ImageGeometry(grid_height=4, grid_width=4, channels=C)
-    (model,) = build_model(config_of(*options).model, geometry=geometry, vocab_size=VOCAB_SIZE, groups=groups, seed=seed)
+    (model,) = build_model(config.model, geometry=geometry, vocab_size=VOCAB_SIZE, groups=groups, seed=seed)
     return model
 
 

@@ -15,7 +15,7 @@ from mmar_megatron.data.tokenizer import Tokenizer
 from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.engine.optimizer import learning_rate
 from mmar_megatron.parallel import ParallelGroups
-from tests.unit.tiny import Documents, build_tiny, config_of, stir
+from tests.unit.tiny import Documents, config_of, model_of, stir
 
 FEATURES = ["--model.tie_embeddings=false", "--model.backbone.add_qkv_bias=true", "--model.backbone.qk_layernorm=true"]
 
@@ -29,9 +29,10 @@ def batch(coarse_tokenizer: Tokenizer) -> Batch:
 
 
 def build(groups: ParallelGroups, *options: str) -> NativeEngine:
-    model = build_tiny(groups, *options)
+    config = config_of(*options)
+    model = model_of(config, groups=groups)
     stir(model)
-    return NativeEngine(config_of(*options), chunks=[model], groups=groups)
+    return NativeEngine(config, chunks=[model], groups=groups)
 
 
 def weights(engine: NativeEngine) -> dict[str, Tensor]:

@@ -1,0 +1,172 @@
+"""Painting: the same image in any company, each position once, guidance as its formula says.
+
+Axes: B images, H and W pixels, N tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from mmar_megatron.inference.images import ImageSampling, _rounds, paint
+from mmar_megatron.parallel import ParallelGroups
+from tests.unit.inference.scene import Batches, Scene
+
+CAPTIONS = ["a small red circle at the top left, on a white background", "a large blue square", "nothing"]
+SAMPLING = ImageSampling(rounds=3, steps=4, guidance_scale=2.0, seed=3)
+
+
+def painted(scene: Scene, captions: list[str], sampling: ImageSampling = SAMPLING, **options: Any) -> NDArray[np.uint8]:
+    with scene.engine.evaluating():
+        return paint(scene.engine, captions, source=scene.source, groups=scene.groups, sampling=sampling, **options)
+
+
+# --- rounds ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 7, 16, 64, 256])
+def test_rounds_fill_each_place_once(num_tokens: int) -> None:
+    for rounds in range(1, num_tokens + 1):
+        stretches = _rounds(num_tokens, rounds)
+        assert len(stretches) == rounds
+        assert [n for begin, end in stretches for n in range(begin, end)] == list(range(num_tokens))
+        assert all(begin < end for begin, end in stretches)
+
+
+def test_rounds_follow_the_cosine() -> None:
+    """What is still masked after round k is N cos(pi k / 2 K): few tokens are drawn while little is known."""
+    left = [256 - end for _, end in _rounds(256, 8)]
+    assert left == [math.floor(256 * math.cos(math.pi / 2 * k / 8)) for k in range(1, 8)] + [0]
+
+
+def test_rounds_of_a_painting(scene: Scene) -> None:
+    """Nothing is known in the first round; what was drawn is then visible, stays as it is, and all is drawn in the end."""
+    with Batches(scene.engine) as seen:
+        images_BHW3 = painted(scene, CAPTIONS, replace(SAMPLING, guidance_scale=1.0, rounds=4))
+    assert len(seen) == 4
+    assert seen[0].masked_MN.all()
+    for before, after in itertools.pairwise(seen):
+        assert (before.visible_MN <= after.visible_MN).all()
+        assert (after.visible_MN.sum(dim=1) > before.visible_MN.sum(dim=1)).all()
+        assert torch.equal(before.latents_MNC[before.visible_MN], after.latents_MNC[before.visible_MN])
+    final_NC = scene.source.codec.encode(images_BHW3)
+    np.testing.assert_allclose(final_NC[seen[-1].visible_MN], seen[-1].latents_MNC[seen[-1].visible_MN].clip(-1, 1), atol=1 / 127)
+    orders = [tuple(int(batch.masked_MN[b].sum()) for batch in seen) for b in range(3)]
+    assert len(set(orders)) == 1
+    assert not torch.equal(seen[1].visible_MN[0], seen[1].visible_MN[1])  # each image has an order of its own
+
+
+def test_progress_is_reported(scene: Scene) -> None:
+    reported: list[tuple[int, int]] = []
+    painted(scene, CAPTIONS[:1], progress=lambda number, rounds: reported.append((number, rounds)))
+    assert reported == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_more_rounds_than_tokens(scene: Scene) -> None:
+    with pytest.raises(ValueError, match="17 rounds asked for images of 16 tokens: use at most"):
+        painted(scene, CAPTIONS, replace(SAMPLING, rounds=17))
+
+
+# --- what an image depends on ---------------------------------------------------------------------------------------------------
+
+
+def close(a_HW3: NDArray[np.uint8], b_HW3: NDArray[np.uint8]) -> bool:
+    """Equal but for the rounding of another batch size."""
+    return int(np.abs(a_HW3.astype(int) - b_HW3.astype(int)).max()) <= 1
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ancestral"])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_an_image_does_not_depend_on_those_beside_it(scale: float, sampler: Any, scene: Scene) -> None:
+    sampling = replace(SAMPLING, guidance_scale=scale, sampler=sampler)
+    together_BHW3 = painted(scene, CAPTIONS, sampling)
+    assert together_BHW3.shape == (3, 32, 32, 3)
+    assert together_BHW3.dtype == np.uint8
+    assert close(painted(scene, CAPTIONS[:1], sampling)[0], together_BHW3[0])
+    others_BHW3 = painted(scene, ["something", CAPTIONS[1], "else"], sampling)
+    assert close(others_BHW3[1], together_BHW3[1])
+    assert not close(others_BHW3[0], together_BHW3[0])
+
+
+def test_a_list_may_be_painted_in_parts(scene: Scene) -> None:
+    together_BHW3 = painted(scene, CAPTIONS)
+    parts = [painted(scene, CAPTIONS[:1]), painted(scene, CAPTIONS[1:], first_number=1)]
+    assert all(close(a, b) for a, b in zip(np.concatenate(parts), together_BHW3, strict=True))
+
+
+def test_the_same_seed_the_same_image(scene: Scene) -> None:
+    first, again, other = (painted(scene, CAPTIONS, replace(SAMPLING, seed=seed)) for seed in (3, 3, 4))
+    np.testing.assert_array_equal(first, again)
+    assert not any(close(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_images_of_one_caption_differ(scene: Scene) -> None:
+    a_HW3, b_HW3 = painted(scene, [CAPTIONS[0]] * 2)
+    assert not close(a_HW3, b_HW3)
+
+
+# --- guidance -------------------------------------------------------------------------------------------------------------------
+
+
+def test_guidance_of_1_is_the_conditional_model(scene: Scene) -> None:
+    """Scale 1 leaves the unconditional half out; a scale of nearly 1 computes it, and paints the same."""
+    with Batches(scene.engine) as seen:
+        plain = painted(scene, CAPTIONS, replace(SAMPLING, guidance_scale=1.0))
+        guided = painted(scene, CAPTIONS, replace(SAMPLING, guidance_scale=1.0 + 1e-7))
+    assert [len(batch.tokens_BS) for batch in seen] == [3] * 3 + [6] * 3
+    assert all(close(a, b) for a, b in zip(plain, guided, strict=True))
+
+
+def test_the_unconditional_half_has_no_caption(scene: Scene) -> None:
+    with Batches(scene.engine) as seen:
+        painted(scene, CAPTIONS)
+        painted(scene, ["", "", ""], replace(SAMPLING, guidance_scale=1.0))
+    assert torch.equal(seen[0].tokens_BS[3:], seen[3].tokens_BS)
+
+
+def test_guidance_of_0_is_the_unconditional_model(scene: Scene) -> None:
+    without = painted(scene, CAPTIONS, replace(SAMPLING, guidance_scale=0.0))
+    empty = painted(scene, ["", "", ""], replace(SAMPLING, guidance_scale=1.0))
+    assert all(close(a, b) for a, b in zip(without, empty, strict=True))
+
+
+def test_guidance_changes_the_image(scene: Scene) -> None:
+    images = [painted(scene, CAPTIONS[:1], replace(SAMPLING, guidance_scale=scale))[0] for scale in (0.0, 1.0, 4.0)]
+    assert not any(close(images[i], images[j]) for i, j in ((0, 1), (1, 2), (0, 2)))
+
+
+# --- failure --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(scene: Scene) -> Iterator[Scene]:
+    """With one weight that is not a number."""
+    bias = scene.model.diffusion_head.final_layer.linear.bias
+    before = bias.detach().clone()
+    with torch.no_grad():
+        bias[0] = math.nan
+    yield scene
+    with torch.no_grad():
+        bias.copy_(before)
+
+
+def test_tokens_that_are_not_finite(broken: Scene) -> None:
+    with pytest.raises(FloatingPointError, match=r"image tokens just drawn are not finite: the weights or the guidance scale"):
+        painted(broken, CAPTIONS)
+
+
+def test_training_goes_on_as_before(scene: Scene, groups: ParallelGroups) -> None:
+    """Painting leaves the model in training mode, and no generator or weight other than it found it."""
+    before, generator = [p.detach().clone() for p in scene.model.parameters()], torch.get_rng_state()
+    painted(scene, CAPTIONS[:1])
+    assert scene.model.training
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(torch.equal(a, b) for a, b in zip(before, scene.model.parameters(), strict=True))
