@@ -70,6 +70,7 @@ def print_plan(config: Config) -> None:
         geometry=ImageGeometry.of(source.codec),
         vocab_size=source.tokenizer.vocab_size,
         labels_per_caption=labels_per_caption(source),
+        world_size=platform.world_size() if platform.launched() else None,
     )
     print(planned.table())
 

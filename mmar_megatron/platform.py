@@ -42,6 +42,11 @@ def peak_memory_bytes() -> int | None:
     return torch.cuda.max_memory_allocated() if HAS_CUDA else None
 
 
+def launched() -> bool:
+    """Whether a launcher (torchrun and its like) started this process."""
+    return "RANK" in os.environ
+
+
 def world_size() -> int:
     """Processes that the launcher started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", 1))
@@ -51,7 +56,7 @@ def init_process_group() -> None:
     """Join the job's process group: NCCL on GPUs, else gloo. One process needs no launcher."""
     if torch.distributed.is_initialized():
         return
-    if "RANK" not in os.environ:
+    if not launched():
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

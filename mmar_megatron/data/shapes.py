@@ -1,4 +1,4 @@
-"""The `shapes` data set: one or two coloured shapes on a 3 x 3 grid of places, and captions that say all there is to see.
+"""The `shapes` data set: one or two coloured shapes on a 2 x 2 grid of places, and captions that say all there is to see.
 
 It needs no download, a tiny model learns it in minutes, and `evaluation.shapes` can tell from the pixels what was painted.
 Lengths are in units of 1/32 of the image's side: at 32 pixels, pixels. H = W pixels.
@@ -37,14 +37,12 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "tan": (205, 180, 135),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-SIZES: dict[str, int] = {"small": 6, "large": 12}
+SIZES: dict[str, int] = {"small": 8, "large": 14}
 """Side of the square that the shape fills."""
 PLACES: dict[str, tuple[int, int]] = {
-    f"{row} {column}".strip() or "center": (x, y)
-    for row, y in (("top", 8), ("", 16), ("bottom", 24))
-    for column, x in (("left", 8), ("", 16), ("right", 24))
+    f"{row} {column}": (x, y) for row, y in (("top", 8), ("bottom", 24)) for column, x in (("left", 8), ("right", 24))
 }
-"""Centre (x, y). Centres and sizes are multiples of the default patch or its half, so that a shape always looks the same."""
+"""Centre (x, y). Centres are multiples of the default patch, so that a shape always looks the same."""
 UNITS = 32
 _SUPERSAMPLING = 8
 

@@ -19,9 +19,9 @@ from mmar_megatron.data.shapes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZE
 _LEAST_CONTRAST = 50.0
 """Between thing and background; the nearest two colours of the palette are 90 apart."""
 _LEAST_AREA = 12.0
-"""In square units; what is smaller is a speck. The smallest thing has 18."""
-_LARGE_AREA = 52.0
-"""In square units, between the small square (36) and the large triangle (72)."""
+"""In square units; what is smaller is a speck. The smallest thing has 32."""
+_LARGE_AREA = 80.0
+"""In square units, between the small square (64) and the large triangle (98)."""
 
 
 def describe_image(image_HW3: NDArray[np.uint8]) -> dict[str, str | None]:
@@ -108,7 +108,7 @@ def _best_shape(thing_HW: NDArray[np.bool_]) -> str:
 
 @cache
 def _template(shape: str, size: str, image_size: int) -> NDArray[np.bool_]:
-    return _crop(coverage(shape, size=size, place="center", image_size=image_size) > 0.5)
+    return _crop(coverage(shape, size=size, place="top left", image_size=image_size) > 0.5)
 
 
 def _crop(mask_HW: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -47,7 +47,7 @@ class MultimodalEmbedding(MegatronModule):
             self.embedding_vit = EmbeddingViT(vit, channels=geometry.channels, **grid)
             self.vis_projector = Projector(in_features=vit.hidden_size, out_features=config.hidden_size)
             self.mask_embedding = nn.Parameter(torch.randn(config.hidden_size) * config.init_method_std)
-            self.position = PositionEmbedding2D(**grid, width=config.hidden_size, std=config.init_method_std)
+            self.position = PositionEmbedding2D(**grid, width=config.hidden_size, scale=config.init_method_std)
 
     def forward(self, batch: Batch) -> Tensor:
         """The backbone's input, [S, B, D] (under sequence parallelism this rank's [S / TP, B, D])."""

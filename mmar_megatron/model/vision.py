@@ -14,16 +14,31 @@ from mmar_megatron.config import EmbeddingViTConfig
 
 
 class PositionEmbedding2D(nn.Module):
-    """Learned position of a token in the image grid: the sum of a row's and a column's embedding."""
+    """Learned position of a token in the image grid: the sum of a row's and a column's embedding.
 
-    def __init__(self, *, grid_height: int, grid_width: int, width: int, std: float) -> None:
+    They start as sines and cosines (as in MAE, arXiv 2111.06377), the row's in the first half of the channels and the column's in the
+    second: neighbours are alike from the first step on.
+
+    Args:
+        scale: of the start; sines and cosines of amplitude 1 where it is 1.
+    """
+
+    def __init__(self, *, grid_height: int, grid_width: int, width: int, scale: float) -> None:
         super().__init__()
-        self.row = nn.Parameter(torch.randn(grid_height, width) * std)
-        self.column = nn.Parameter(torch.randn(grid_width, width) * std)
+        half = width // 2
+        self.row = nn.Parameter(F.pad(scale * sinusoids(grid_height, width=half), (0, width - half)))
+        self.column = nn.Parameter(F.pad(scale * sinusoids(grid_width, width=width - half), (half, 0)))
 
     def forward(self) -> Tensor:
         """Embeddings of all tokens in raster order, [N, width]."""
         return rearrange(self.row[:, None] + self.column[None, :], "h w d -> (h w) d")
+
+
+def sinusoids(length: int, *, width: int, max_period: float = 10000.0) -> Tensor:
+    """The position encoding of "Attention is all you need" (arXiv 1706.03762), sines first, [length, width]."""
+    frequencies = max_period ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)
+    angle = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
+    return torch.cat((angle.sin(), angle.cos()), dim=-1)[:, :width]
 
 
 class ViTBlock(nn.Module):
@@ -53,7 +68,7 @@ class EmbeddingViT(nn.Module):
     def __init__(self, config: EmbeddingViTConfig, *, channels: int, grid_height: int, grid_width: int) -> None:
         super().__init__()
         self.patch_embed = nn.Linear(channels, config.hidden_size)
-        self.position = PositionEmbedding2D(grid_height=grid_height, grid_width=grid_width, width=config.hidden_size, std=0.02)
+        self.position = PositionEmbedding2D(grid_height=grid_height, grid_width=grid_width, width=config.hidden_size, scale=1.0)
         self.blocks = nn.ModuleList(
             ViTBlock(width=config.hidden_size, num_heads=config.num_attention_heads, mlp_ratio=config.mlp_ratio)
             for _ in range(config.num_layers)

@@ -19,7 +19,9 @@ from typing import Any
 import megatron.core
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch.distributed.checkpoint.api import CheckpointException
 
 import mmar_megatron
 from mmar_megatron import platform
@@ -86,11 +88,15 @@ def save(engine: Engine, *, run_dir: str | Path, progress: Progress, config_yaml
 
 
 def load(engine: Engine, path: Path, *, groups: ParallelGroups) -> Progress:
-    """Continue from a checkpoint: model, optimizer, generators; all ranks call it together."""
+    """Continue from a checkpoint: model, optimizer, generators; all ranks call it together.
+
+    Raises:
+        ValueError: it is of another model.
+    """
     # The generators' states belong to one layout. In another they start anew, which only dropout can tell.
     same_layout = json.loads((path / MANIFEST).read_text())["layout"] == _layout(groups)
     state = engine.sharded_state_dict(is_loading=True) | (_generators(groups) if same_layout else {})
-    loaded = dist_checkpointing.load(state, str(path))
+    loaded = _read(state, path)
     engine.load_state_dict(loaded)
     if same_layout:
         platform.set_rng_state(loaded["generators"])
@@ -98,8 +104,23 @@ def load(engine: Engine, path: Path, *, groups: ParallelGroups) -> Progress:
 
 
 def load_weights(engine: Engine, path: Path) -> None:
-    """Take the weights alone, for another stage of training; all ranks call it together."""
-    engine.load_weights(dist_checkpointing.load(engine.model_sharded_state_dict(), str(path)))
+    """Take the weights alone, for another stage of training; all ranks call it together.
+
+    Raises:
+        ValueError: they are of another model.
+    """
+    engine.load_weights(_read(engine.model_sharded_state_dict(), path))
+
+
+def _read(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Fill a sharded state dict. Raises ValueError where the checkpoint is of another model."""
+    try:
+        return dist_checkpointing.load(state, str(path))
+    except CheckpointException as error:  # torch's, around what each rank raised
+        reason = next(iter(error.failures.values()))[0]
+        if not isinstance(reason, CheckpointingException):
+            raise
+        raise ValueError(f"The checkpoint {path} is of another model ({reason}): give the sizes in its config.yaml.") from error
 
 
 def _layout(groups: ParallelGroups) -> dict[str, int]:

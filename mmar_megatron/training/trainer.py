@@ -73,6 +73,7 @@ class Trainer:
     def fit(self) -> None:
         """Train until `train.steps`; at the end validate, preview and save."""
         train, total = self.config.train, self.config.train.steps
+        self._keep_config()
         writer = MetricsWriter(self.run_dir, resume_step=self.progress.step or None, enabled=self.groups.is_main)
         line = ProgressLine(first_step=self.progress.step, total_steps=total)
         throughput = Throughput(
@@ -198,6 +199,11 @@ class Trainer:
         checkpoint.save(
             self.engine, run_dir=self.run_dir, progress=self.progress, config_yaml=self.config_yaml, groups=self.groups
         )
+
+    def _keep_config(self) -> None:
+        if self.groups.is_main:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            (self.run_dir / "config.yaml").write_text(self.config_yaml)
 
     def _say(self, line: str) -> None:
         if self.groups.is_main:

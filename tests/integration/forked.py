@@ -1,7 +1,7 @@
 """Runs `pretrain_mmar.py` with one command line after the other, each in a process forked from one that has imported it.
 
 Arguments: a directory, JSON {name: [options]}. What the command called `name` writes goes to name.out and name.err in the
-directory; printed is JSON {name: exit code}. Starting Python and importing everything takes far longer than most of these commands.
+directory; printed is JSON {name: exit code}. Starting Python and importing everything takes far longer than most of the commands.
 """
 
 from __future__ import annotations
