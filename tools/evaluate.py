@@ -3,8 +3,8 @@
     python tools/evaluate.py --run_dir runs/quickstart [--images 96]
 
 Writes RUN_DIR/samples.png (held-out captions with the images drawn for them) and RUN_DIR/scores.json, prints the scores beside
-their targets, and exits with 1 where one is missed. On `shapes` the pictures are scored by a rule on their pixels, and the captions
-of pictures with one object must be exactly right; other data sets are judged by their losses.
+their targets, and exits with 1 where one is missed. On `shapes` the pictures are scored by a rule on their pixels, and the
+captions of pictures with one object must be exactly right; other data sets are judged by their losses.
 """
 
 from __future__ import annotations

@@ -73,10 +73,10 @@ def _mend_checkpointing(part: DistributedOptimizer) -> None:
 
 
 def _mend_bucket_offsets(part: DistributedOptimizer) -> None:
-    """The `fully_reshardable` format gathers the optimizer's state without the padding between gradient buckets, then cuts parameters
-    out of it at their places *with* that padding. All but the first bucket's are silently wrong. There are several buckets under
-    `overlap_grad_reduce`, and always where tied word embeddings meet pipeline parallelism (they get a bucket of their own).
-    Here the padding is put back in between.
+    """The `fully_reshardable` format gathers the optimizer's state without the padding between gradient buckets, then cuts
+    parameters out of it at their places *with* that padding. All but the first bucket's are silently wrong. There are several
+    buckets under `overlap_grad_reduce`, and always where tied word embeddings meet pipeline parallelism (they get a bucket of
+    their own). Here the padding is put back in between.
     """
     gather = part.get_parameter_state_dp_zero
 
@@ -97,12 +97,12 @@ def _mend_bucket_offsets(part: DistributedOptimizer) -> None:
 
 
 def _mend_torch_adamw(part: DistributedOptimizer) -> None:
-    """Where torch's AdamW stands in for Transformer Engine's or apex's (which count steps in the parameter group, where torch counts
-    in each parameter's state):
+    """Where torch's AdamW stands in for Transformer Engine's or apex's (which count steps in the parameter group, where torch
+    counts in each parameter's state):
 
     - saving or loading before the first step asserts, for there is no state yet: so it is made here;
-    - loading the `fully_reshardable` format raises KeyError 'step', for it copies every entry of the state, and the loaded one has
-      none;
+    - loading the `fully_reshardable` format raises KeyError 'step', for it copies every entry of the state, and the loaded one
+      has none;
     - after loading, all parameters share **one** step tensor, which AdamW then advances once for each parameter: resumed training
       silently diverges.
     """

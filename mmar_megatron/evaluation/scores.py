@@ -50,7 +50,7 @@ TARGETS: dict[str, dict[str, Target]] = {
 
 
 def loss_scores(last_validation: Mapping[str, Any]) -> dict[str, float]:
-    """From the last validated row of `metrics.jsonl`: losses, some relative to predicting zero, and what wrong conditions cost."""
+    """From the last validated row of `metrics.jsonl`: losses, and what wrong conditions cost."""
     image = last_validation["val_loss_image"]
     return {
         "val_loss_text": last_validation["val_loss_text"],

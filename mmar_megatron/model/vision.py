@@ -16,8 +16,8 @@ from mmar_megatron.config import EmbeddingViTConfig
 class PositionEmbedding2D(nn.Module):
     """Learned position of a token in the image grid: the sum of a row's and a column's embedding.
 
-    They start as sines and cosines (as in MAE, arXiv 2111.06377), the row's in the first half of the channels and the column's in the
-    second: neighbours are alike from the first step on.
+    They start as sines and cosines (as in MAE, arXiv 2111.06377), the row's in the first half of the channels and the column's
+    in the second: neighbours are alike from the first step on.
 
     Args:
         scale: of the start; sines and cosines of amplitude 1 where it is 1.

@@ -65,8 +65,8 @@ def resolve(path: str | Path) -> Path:
 def save(engine: Engine, *, run_dir: str | Path, progress: Progress, config_yaml: str, groups: ParallelGroups) -> Path:
     """Write a checkpoint; all ranks call it together.
 
-    It is written under a temporary name, flushed to the disk and renamed by one process, so that a run killed at any moment leaves
-    either all of it or nothing that is ever looked at.
+    It is written under a temporary name, flushed to the disk and renamed by one process, so that a run killed at any moment
+    leaves either all of it or nothing that is ever looked at.
     """
     final = Path(run_dir, "checkpoints", f"step_{progress.step:08d}")
     partial = final.with_name(f".{final.name}.partial")

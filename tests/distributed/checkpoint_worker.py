@@ -1,7 +1,7 @@
 """One process of a group: saves in one layout after another, loads, and prints what differs and how training goes on.
 
-Arguments: data directory, directory for checkpoints, JSON {name: [options]}. Each layout trains two steps, saves, loads what it saved
-into a new engine and compares every tensor; then it loads what the *first* layout saved and takes the third step.
+Arguments: data directory, directory for checkpoints, JSON {name: [options]}. Each layout trains two steps, saves, loads what it
+saved into a new engine and compares every tensor; then it loads what the *first* layout saved and takes the third step.
 """
 
 from __future__ import annotations
