@@ -11,9 +11,9 @@ SHELL := /bin/bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 # The two quickstarts differ in these alone.
-CONFIG_shapes := examples/configs/tiny.yaml
-CONFIG_emoji := examples/configs/tiny_emoji.yaml
-CONFIG := $(or $(CONFIG_$(DATA)),$(error DATA is "$(DATA)", but must be shapes or emoji))
+CONFIGS_shapes := --config examples/configs/tiny.yaml
+CONFIGS_emoji := --config examples/configs/tiny.yaml --config examples/configs/tiny_emoji.yaml
+CONFIGS = $(or $(CONFIGS_$(DATA)),$(error DATA is "$(DATA)", but must be shapes or emoji))
 RUN_DIR := runs/quickstart$(if $(filter-out shapes,$(DATA)),-$(DATA))
 
 .PHONY: help setup quickstart test check format clean
@@ -39,7 +39,7 @@ data/$(DATA)/index.json: | .venv/.complete
 # One process uses all cores (or OMP_NUM_THREADS of them, which nproc heeds). A run that was interrupted goes on; a finished one
 # is only drawn and scored again.
 quickstart: .venv/.complete data/$(DATA)/index.json ## train a tiny model, draw and score it (DATA=shapes or emoji)
-	OMP_NUM_THREADS=$$(nproc) bash examples/pretrain_mmar_tiny.sh --config $(CONFIG) --run_dir $(RUN_DIR)
+	OMP_NUM_THREADS=$$(nproc) bash examples/pretrain_mmar_tiny.sh $(CONFIGS) --run_dir $(RUN_DIR)
 	python tools/plot_run.py $(RUN_DIR) --out $(RUN_DIR)/curves.png
 	@missed=0; OMP_NUM_THREADS=$$(nproc) python tools/evaluate.py --run_dir $(RUN_DIR) || missed=$$?; \
 	printf '\n$(RUN_DIR)/ has\n'; \

@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     shapes.add_argument("--seed", type=int, default=0, help="other seeds give other pictures")
 
     emoji = commands.add_parser("emoji", parents=[common], formatter_class=formatter, help="Noto and Twemoji, with names")
-    emoji.add_argument("--skin_tones", type=int, default=1, help="variants kept for each base emoji and style; 25: all")
+    emoji.add_argument("--skin_tones", type=int, default=5, help="variants kept for each base emoji and style; 25: all")
     emoji.add_argument("--cache", type=Path, default=REPOSITORY / ".cache" / "npm", help="where fetched packages are kept")
 
     check = commands.add_parser("verify", help="compare the shards with their checksums")

@@ -232,7 +232,7 @@ def make_emoji(
     *,
     codec: ImageCodec,
     cache: str | Path,
-    skin_tones: int = 1,
+    skin_tones: int = 5,
     tokenizer: str | None = None,
     vocab_size: int = 4096,
     log: Callable[[str], None] = print,

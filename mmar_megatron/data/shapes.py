@@ -22,13 +22,11 @@ from mmar_megatron.data.shards import Split
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 20, 30),
-    "green": (20, 150, 40),
-    "blue": (20, 60, 230),
+    "green": (20, 160, 40),
+    "blue": (20, 50, 230),
     "yellow": (250, 225, 0),
-    "orange": (255, 125, 0),
-    "purple": (140, 20, 170),
     "cyan": (0, 210, 225),
-    "pink": (255, 130, 190),
+    "pink": (250, 60, 200),
 }
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (255, 255, 255),

@@ -12,7 +12,12 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 _COLUMNS = 4
-_CAPTION_WIDTH = 34
+_PICTURE_INCHES = 2.9, 1.36
+"""Of a painted and a true picture side by side."""
+_MARGIN_INCHES = 0.2
+_CAPTION_INCHES = 0.6
+_TITLE_INCHES = 0.5
+_CAPTION_CHARACTERS = 42
 _CAPTION_LINES = 3
 
 
@@ -25,20 +30,22 @@ def write_sheet(
     title: str,
 ) -> None:
     """Write a PNG, whole or not at all: for each held-out caption what was painted (left) and the true picture (right)."""
+    picture_width, picture_height = _PICTURE_INCHES
     rows = -(-len(captions) // _COLUMNS)
-    figure = Figure(figsize=(3.1 * _COLUMNS, 2.15 * rows + 0.6), dpi=110)
-    figure.suptitle(title, fontsize=12, x=0.02, ha="left", y=1 - 0.2 / figure.get_figheight())
-    grid = figure.subplots(rows, _COLUMNS, squeeze=False).flatten()
-    for axes in grid:
+    width = _COLUMNS * (picture_width + _MARGIN_INCHES) + _MARGIN_INCHES
+    height = rows * (picture_height + _CAPTION_INCHES) + _TITLE_INCHES
+    figure = Figure(figsize=(width, height), dpi=110)
+    figure.text(_MARGIN_INCHES / width, 1 - _TITLE_INCHES / 2 / height, title, fontsize=12, va="center")
+    for number, (caption, painted_HW3, true_HW3) in enumerate(zip(captions, painted_BHW3, true_BHW3, strict=True)):
+        row, column = divmod(number, _COLUMNS)
+        left = _MARGIN_INCHES + column * (picture_width + _MARGIN_INCHES)
+        bottom = height - _TITLE_INCHES - row * (picture_height + _CAPTION_INCHES) - picture_height
+        axes = figure.add_axes((left / width, bottom / height, picture_width / width, picture_height / height))
         axes.set_axis_off()
-    for axes, caption, painted_HW3, true_HW3 in zip(grid, captions, painted_BHW3, true_BHW3, strict=False):
-        gap_HG3 = np.full((painted_HW3.shape[0], max(1, painted_HW3.shape[1] // 8), 3), 255, dtype=np.uint8)
+        gap_HG3 = np.full((painted_HW3.shape[0], painted_HW3.shape[1] // 8, 3), 255, dtype=np.uint8)
         axes.imshow(np.concatenate([painted_HW3, gap_HG3, true_HW3], axis=1), interpolation="nearest")
-        lines = textwrap.wrap(caption, _CAPTION_WIDTH, max_lines=_CAPTION_LINES, placeholder=" ...")
-        axes.set_title("\n".join(lines), fontsize=8, loc="left", y=-0.04, va="top")
-    figure.subplots_adjust(
-        left=0.02, right=0.98, top=1 - 0.5 / figure.get_figheight(), bottom=0.5 / figure.get_figheight(), hspace=0.42
-    )
+        lines = textwrap.wrap(caption, _CAPTION_CHARACTERS, max_lines=_CAPTION_LINES, placeholder=" ...")
+        axes.text(0, -0.05, "\n".join(lines), fontsize=8, va="top", transform=axes.transAxes)
     partial = path.with_suffix(".partial")
     FigureCanvasAgg(figure).print_png(str(partial))
     partial.replace(path)

@@ -54,11 +54,11 @@ class Trainer:
             start_sample=self.progress.consumed_samples,
             pin_memory=platform.HAS_CUDA,
         )
-        self.validation = Validation(config, groups=groups) if config.validation.every else None
-        self.previews = (
-            Previews(config.preview, source=self.loader.source, groups=groups, seed=config.seed) if config.preview.every else None
-        )
         source = self.loader.source
+        if config.model.alignment_loss_weight > 0 and source.assemble([None], timestep_multiplier=1).teacher_MNF is None:
+            raise ValueError(f"{config.data.path} holds no teacher features: set model.alignment_loss_weight to 0.")
+        self.validation = Validation(config, groups=groups) if config.validation.every else None
+        self.previews = Previews(config.preview, source=source, groups=groups, seed=config.seed) if config.preview.every else None
         self.shape = ModelShape.of(
             config.model,
             vocab_size=padded_vocab_size(config.model, source.tokenizer.vocab_size),
@@ -67,13 +67,13 @@ class Trainer:
             condition_width=config.model.head.width,
         )
         self.microbatches = config.train.global_batch_size // (config.train.micro_batch_size * groups.data.size())
+        self._keep_config()
 
     # --- the loop ---------------------------------------------------------------------------------------------------------------
 
     def fit(self) -> None:
         """Train until `train.steps`; at the end validate, preview and save."""
         train, total = self.config.train, self.config.train.steps
-        self._keep_config()
         writer = MetricsWriter(self.run_dir, resume_step=self.progress.step or None, enabled=self.groups.is_main)
         line = ProgressLine(first_step=self.progress.step, total_steps=total)
         throughput = Throughput(
@@ -106,6 +106,7 @@ class Trainer:
                 if save:
                     self._save()
         writer.close()
+        self._say(f"{self.run_dir} stands at step {self.progress.step}, the last of train.steps {total}")
 
     def _occasions(self) -> tuple:
         return self.config.validation, self.config.preview, self.config.checkpoint

@@ -1,4 +1,4 @@
-"""One process of a group: trains a few steps in each of several layouts and prints what came out.
+"""One process of a group: trains a few steps in each of several layouts, paints and reads, and prints what came out.
 
 Arguments: data directory, number of steps, JSON {name: [options]}.
 """
@@ -12,7 +12,15 @@ from itertools import islice
 import torch
 
 from mmar_megatron import parallel
+from mmar_megatron.inference.images import ImageSampling, paint
+from mmar_megatron.inference.text import caption
 from tests.distributed.common import build, command, means, train
+
+CAPTIONS = [
+    "a small red circle at the top left, on a white background",
+    "a large blue cross at the top right, on a tan background",
+]
+SAMPLING = ImageSampling(rounds=4, steps=3, guidance_scale=2.0, sampler="ancestral")
 
 
 def main() -> None:
@@ -26,8 +34,11 @@ def main() -> None:
         results = train(engine, loader, steps=steps, microbatches=microbatches)
         with engine.evaluating():
             results.append(engine.evaluate(list(islice(loader, microbatches))))
+            painted = paint(engine, CAPTIONS, source=loader.source, groups=groups, sampling=SAMPLING)
+            read = caption(engine, list(painted), source=loader.source, groups=groups, max_tokens=6)
         if torch.distributed.get_rank() == 0:
-            print(json.dumps({name: [means(result) for result in results]}), flush=True)
+            made = {"painted": painted.flatten().tolist(), "read": read}
+            print(json.dumps({name: {"figures": [means(result) for result in results], **made}}), flush=True)
         parallel.destroy()
     parallel.leave()
 

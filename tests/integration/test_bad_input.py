@@ -24,7 +24,7 @@ SHORT = [
     *("--train.steps", "2", "--train.log_every", "1", "--validation.every", "2", "--validation.samples", "4"),
     *("--checkpoint.every", "2", "--preview.every", "0"),
 ]
-WRITES_BEFORE_IT_FAILS = ("bad-images", "bad-images-in-a-worker", "no-good-image-in-a-worker", "no-teacher")
+WRITES_BEFORE_IT_FAILS = ("bad-images", "bad-images-in-a-worker", "no-good-image-in-a-worker")
 """What is seen only while training makes a run directory; a checkpoint it never makes."""
 EPS_AT_PURE_NOISE = ["--model.diffusion.parameterization", "eps", "--model.diffusion.schedule", "cosine_zero_snr"]
 
@@ -50,12 +50,18 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["--parallel.tensor_model_parallel_size", "3"],
         "num_attention_heads 4 is not divisible by parallel.tensor_model_parallel_size 3: change one",
     ),
-    "processes": (["--parallel.tensor_model_parallel_size", "2"], "1 processes cannot hold ... start a multiple of 2"),
+    "processes": (
+        ["--parallel.tensor_model_parallel_size", "2"],
+        "1 processes do not divide into replicas of 2 ... start a multiple",
+    ),
     "noise": (EPS_AT_PURE_NOISE, "'eps' ... use 'v', or the schedule 'cosine'"),
     "typo": (["--train.step", "2"], "there is no option 'train.step'; did you mean 'train.steps'?"),
     "typo-in-a-file": (["--config", "{typo}"], "no option 'model.bakbone.num_layers'; did you mean 'model.backbone.num_layers'?"),
     "run-dir-is-a-file": (["--run_dir", "{typo}"], "{typo}"),
-    "no-teacher": (["--model.alignment_loss_weight", "1", "--model.alignment_features", "4"], "no teacher features: set it to 0"),
+    "no-teacher": (
+        ["--model.alignment_loss_weight", "1", "--model.alignment_features", "4"],
+        "{data} holds no teacher features: set model.alignment_loss_weight to 0",
+    ),
     "other-shape": (["--resume", "{done}", "--model.backbone.ffn_hidden_size", "128"], "{done} ... linear_fc1"),
     "other-shape-to-begin-with": (["--checkpoint.init_from", "{done}", "--model.head.width", "32"], "{done} ... post_projector"),
     "run-dir-in-use": (["--run_dir", "{done}", "--resume", "never"], "{done} is not empty: choose another, or continue"),

@@ -36,6 +36,20 @@ CASES: dict[str, tuple[int, list[str]]] = {
 }
 
 
+def test_second_stage_starts_from_the_firsts_weights(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "shapes")
+    arguments = [*MODEL, *SCHEDULE, "--data.path", str(data), "--preview.every", "0"]
+    run_group("pretrain_mmar.py", *arguments, "--run_dir", str(tmp_path / "first"), nproc=1, timeout=240)
+    # A learning rate of 0 keeps the weights, so their held-out losses are the first stage's last ones.
+    still = ["--optimizer.lr", "0", "--checkpoint.init_from", str(tmp_path / "first"), "--train.steps", "3"]
+    output = run_group("pretrain_mmar.py", *arguments, *still, "--run_dir", str(tmp_path / "second"), nproc=1, timeout=240)
+    assert f"starts from the weights of {tmp_path}/first/checkpoints/step_00000006" in output
+    first, second = rows(tmp_path / "first")[-1], rows(tmp_path / "second")[-1]
+    held_out = [name for name in first if name.startswith("val_")]
+    assert len(held_out) == 5
+    assert [second[name] for name in held_out] == [first[name] for name in held_out]
+
+
 def rows(run_dir: Path) -> list[dict[str, Any]]:
     """What was logged, without what a clock decides."""
     clocked = {"step_time_s", "samples_per_second", "tokens_per_second", "tflops_per_device", "mfu"}

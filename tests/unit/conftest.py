@@ -26,13 +26,19 @@ def coarse_tokenizer(coarse_shapes_dir: Path) -> Tokenizer:
     return load_tokenizer(coarse_shapes_dir)
 
 
-@pytest.fixture(scope="module")
-def groups() -> Iterator[ParallelGroups]:
-    """Of a whole module and no longer: other modules make groups of their own."""
+@pytest.fixture(scope="module", autouse=True)
+def environment() -> Iterator[None]:
+    """A process that joins its group says in its environment where to meet; what other modules start must not go there."""
     before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def groups(environment: None) -> Iterator[ParallelGroups]:
+    """Of a whole module and no longer: other modules make groups of their own."""
     groups = parallel.initialize(ParallelConfig())
     platform.seed_everything(0, tensor_rank=0)
     yield groups
     parallel.leave()
-    for name in set(os.environ) - set(before):  # where to meet, which started processes would inherit
-        del os.environ[name]

@@ -14,6 +14,7 @@ from mmar_megatron.data.batch import Batch
 from mmar_megatron.data.tokenizer import Tokenizer
 from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.engine.optimizer import learning_rate
+from mmar_megatron.model.losses import LossSums
 from mmar_megatron.parallel import ParallelGroups
 from tests.unit.tiny import Documents, config_of, model_of, stir
 
@@ -179,6 +180,24 @@ def test_all_that_can_learn_moves(groups: ParallelGroups, batch: Batch) -> None:
     engine.train_step([batch], learning_rate=1e-2)
     after = weights(engine)
     assert [name for name in before if torch.equal(after[name], before[name])] == []
+
+
+def test_gradient_is_that_of_the_mean_losses(groups: ParallelGroups, batch: Batch) -> None:
+    """Text and image loss each divided by the number of its own tokens in the step, weighted, and added."""
+    options = ["--model.text_loss_weight=0.5", "--model.image_loss_weight=3"]
+    engine = build(groups, *options, "--optimizer.clip_grad=0")
+    model = model_of(config_of(*options), groups=groups)
+    stir(model)
+    sums = model(batch)
+    assert isinstance(sums, LossSums)
+    (0.5 * sums.text / 4 + 3 * sums.image / 6).backward()
+
+    result = engine.train_step([batch], learning_rate=0.0)
+    assert result.counts.to_tensor().tolist() == [4, 6, 0]
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for name, parameter in engine.chunks[0].module.named_parameters():
+        torch.testing.assert_close(parameter.main_grad, expected.get(name, torch.zeros_like(parameter)), rtol=1e-4, atol=1e-6)
+    assert result.grad_norm == pytest.approx(norm(list(expected.values())), rel=1e-5)
 
 
 def test_microbatches_are_one_batch(groups: ParallelGroups, batch: Batch, coarse_tokenizer: Tokenizer) -> None:

@@ -75,9 +75,11 @@ def test_what_was_learned_is_said(coarse_shapes_dir: Path, groups: ParallelGroup
     learned = ["a red circle", "a large blue square at the top left", "a"]
     texts = [scene.source.tokenizer.encode(text) for text in learned]
     assert len({len(text) for text in texts}) == 3
+    # The first is learned with words after its end, which must not be said while the others still are.
+    after_the_end = [scene.source.tokenizer.eos_id, *scene.source.tokenizer.encode("small")]
     documents = [
         scene.source.builder.image_to_text(text, image=seen_image(scene, image_HW3), sample_id=0)
-        for text, image_HW3 in zip(texts, images_BHW3, strict=True)
+        for text, image_HW3 in zip([texts[0] + after_the_end, *texts[1:]], images_BHW3, strict=True)
     ]
     batch = scene.source.assemble(documents, timestep_multiplier=1)
     for _ in range(60):
