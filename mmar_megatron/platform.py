@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import os
 import random
-import socket
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -53,19 +52,15 @@ def world_size() -> int:
 
 
 def init_process_group() -> None:
-    """Join the job's process group: NCCL on GPUs, else gloo. One process needs no launcher."""
+    """Join the job's process group: NCCL on GPUs, else gloo. One process needs no launcher, and no port."""
     if torch.distributed.is_initialized():
         return
-    if not launched():
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    alone: dict[str, Any] = {} if launched() else {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
     if HAS_CUDA:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group(backend="nccl", device_id=device())
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.distributed.init_process_group(backend="nccl", device_id=device(), **alone)
     else:
-        torch.distributed.init_process_group(backend="gloo")
+        torch.distributed.init_process_group(backend="gloo", **alone)
 
 
 def seed_everything(seed: int, *, tensor_rank: int) -> None:

@@ -81,8 +81,7 @@ def save(engine: Engine, *, run_dir: str | Path, progress: Progress, config_yaml
     if is_main:
         (partial / "config.yaml").write_text(config_yaml)
         _write_manifest(partial, progress=progress, groups=groups)
-        partial.rename(final)
-        _flush(final.parent)
+        _put_in_place(partial, final)
     torch.distributed.barrier()
     return final
 
@@ -159,6 +158,16 @@ def _write_manifest(directory: Path, *, progress: Progress, groups: ParallelGrou
         file.flush()
         os.fsync(file.fileno())
     _flush(directory)
+
+
+def _put_in_place(partial: Path, final: Path) -> None:
+    """Give the new directory its name; one that an earlier course of the run left under it makes way."""
+    old = final.with_name(f".{final.name}.replaced")
+    if final.exists():
+        final.rename(old)
+    partial.rename(final)
+    _flush(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _flush(directory: Path) -> None:

@@ -43,6 +43,7 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         self.progress = self._restore()
         self._counted = self.progress.step
+        self._bad_images = 0
         self.loader = TrainLoader(
             config.data,
             seed=config.seed,
@@ -98,8 +99,8 @@ class Trainer:
                     metrics |= self.validation.run(self.engine) if validate and self.validation else {}
                     writer.write(metrics, step=step)
                     writer.scalars(_bucket_scalars(result.sums), step=step)
-                if self.groups.is_main:
-                    print(line.line(metrics, step=step), flush=True)
+                self._say(line.line(metrics, step=step))
+                self._report_bad_images()
             with throughput.paused():
                 if preview:
                     self._preview(writer)
@@ -124,8 +125,8 @@ class Trainer:
             consumed_samples=self.progress.consumed_samples + self.config.train.global_batch_size,
             skipped_steps=self.progress.skipped_steps + result.skipped,
         )
-        if result.skipped and self.groups.is_main:
-            print(f"step {self.progress.step}: the gradient norm is {result.grad_norm}; the step is skipped", flush=True)
+        if result.skipped:
+            self._say(f"step {self.progress.step}: the gradient norm is {result.grad_norm}; the step is skipped")
 
     # --- reports ----------------------------------------------------------------------------------------------------------------
 
@@ -168,6 +169,13 @@ class Trainer:
         throughput.count(steps=steps, samples=samples, tokens=samples * self.config.data.sequence_length, flops=flops.model)
         counts_in_window.zero_()
         self._counted = self.progress.step
+
+    def _report_bad_images(self) -> None:
+        """Say so when more images could not be decoded; the loader stops the run when they are too many."""
+        read, skipped, _ = self.loader.counts
+        if skipped > self._bad_images:
+            self._bad_images = skipped
+            print(f"{skipped} of the {read} images read by rank {torch.distributed.get_rank()} could not be decoded", flush=True)
 
     def _preview(self, writer: MetricsWriter) -> None:
         assert self.previews is not None

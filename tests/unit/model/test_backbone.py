@@ -96,23 +96,27 @@ class Reference:
         return self.norm("decoder.final_layernorm", h_SD)
 
 
+@pytest.fixture(scope="module")
+def batch(coarse_tokenizer: Tokenizer) -> Batch:
+    return text_batch(coarse_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def models(groups: ParallelGroups) -> dict[str, MMARModel]:
+    found = {variant: build_tiny(groups, *options).eval() for variant, options in VARIANTS.items()}
+    for model in found.values():
+        stir(model)
+    return found
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_backbone_is_the_reference(variant: str, groups: ParallelGroups, coarse_tokenizer: Tokenizer) -> None:
-    model = build_tiny(groups, *VARIANTS[variant])
-    stir(model)
-    batch = text_batch(coarse_tokenizer)
-    h_BSD = hidden_states(model.eval(), batch)
-    expected_BSD = torch.stack([Reference(model)(tokens_S) for tokens_S in batch.tokens_BS])
+def test_backbone_is_the_reference(variant: str, models: dict[str, MMARModel], batch: Batch) -> None:
+    h_BSD = hidden_states(models[variant], batch)
+    expected_BSD = torch.stack([Reference(models[variant])(tokens_S) for tokens_S in batch.tokens_BS])
     torch.testing.assert_close(h_BSD.double(), expected_BSD, rtol=1e-5, atol=1e-5)
 
 
-def test_variants_differ(groups: ParallelGroups, coarse_tokenizer: Tokenizer) -> None:
+def test_variants_differ(models: dict[str, MMARModel], batch: Batch) -> None:
     """Each option does something, so that the comparison above is not of one model eight times."""
-    batch = text_batch(coarse_tokenizer)
-    found = []
-    for options in VARIANTS.values():
-        model = build_tiny(groups, *options)
-        stir(model)
-        found.append(hidden_states(model.eval(), batch))
-    alike = [(i, j) for i in range(len(found)) for j in range(i) if torch.allclose(found[i], found[j], atol=1e-3)]
-    assert not alike
+    found = [hidden_states(model, batch) for model in models.values()]
+    assert not [(i, j) for i in range(len(found)) for j in range(i) if torch.allclose(found[i], found[j], atol=1e-3)]

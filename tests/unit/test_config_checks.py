@@ -1,0 +1,184 @@
+"""Contradictions and impossible values, each refused in one sentence with the fix; and what only just fits, accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from mmar_megatron.config import parse_command_line
+from mmar_megatron.config_checks import validate_world
+from tests.unit.command_line import INTERLEAVED, PP2, TP2, parse, share_parser
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_parser() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        share_parser(patch)
+        yield
+
+
+REFUSED: dict[str, tuple[list[str], str]] = {
+    "heads over ranks": (
+        ["--parallel.tensor_model_parallel_size=3"],
+        r"num_attention_heads 4 is not divisible by parallel\.tensor_model_parallel_size 3: change one",
+    ),
+    "groups over ranks": (
+        [*TP2, "--model.backbone.num_query_groups=1"],
+        r"num_query_groups 1 is not divisible by parallel\.tensor_model_parallel_size 2: change one",
+    ),
+    "heads over groups": (
+        ["--model.backbone.num_query_groups=3"],
+        r"num_attention_heads 4 is not divisible by model\.backbone\.num_query_groups 3: change one",
+    ),
+    "width over heads": (
+        ["--model.backbone.hidden_size=30"],
+        r"hidden_size 30 is not divisible by model\.backbone\.num_attention_heads 4: change one",
+    ),
+    "head without halves": (
+        ["--model.backbone.kv_channels=7"],
+        r"A head is 7 channels wide, .*: change model\.backbone\.kv_channels",
+    ),
+    "vocabulary over ranks": (
+        [*TP2, "--model.make_vocab_size_divisible_by=1"],
+        r"make_vocab_size_divisible_by 1 is not divisible by parallel\.tensor_model_parallel_size 2: change one",
+    ),
+    "sequence parallelism alone": (
+        ["--parallel.sequence_parallel=true"],
+        r"tensor_model_parallel_size 1: switch it off, or raise",
+    ),
+    "sequence over ranks": (
+        [*TP2, "--parallel.sequence_parallel=true", "--data.sequence_length=129"],
+        r"data\.sequence_length 129 is not divisible by parallel\.tensor_model_parallel_size 2",
+    ),
+    "context parallelism": (["--parallel.context_parallel_size=2"], r"set parallel\.context_parallel_size to 1"),
+    "chunks without stages": (
+        ["--parallel.virtual_pipeline_model_parallel_size=2"],
+        r"interleaved schedule needs parallel\.pipeline_model_parallel_size and .* above 1: raise them, or leave out",
+    ),
+    "one chunk": (
+        [*PP2, "--parallel.virtual_pipeline_model_parallel_size=1"],
+        r"virtual_pipeline_model_parallel_size above 1: raise them, or leave out",
+    ),
+    "interleaving without overlap": (
+        [*INTERLEAVED, "--parallel.overlap_p2p_comm=false"],
+        r"interleaved schedule needs parallel\.overlap_p2p_comm: switch it on",
+    ),
+    "layers over stages": (
+        [*PP2, "--model.backbone.num_layers=5"],
+        r"num_layers 5 is not divisible by the 2 pieces of the pipeline",
+    ),
+    "layers over chunks": ([*INTERLEAVED, "--model.backbone.num_layers=6"], r"num_layers 6 is not divisible by the 4 pieces"),
+    "gather without reduce": (
+        ["--parallel.overlap_param_gather=true"],
+        r"overlap_param_gather needs parallel\.overlap_grad_reduce: switch that on too",
+    ),
+    "batch over microbatches": (
+        ["--train.micro_batch_size=3"],
+        r"global_batch_size 8 is not divisible by train\.micro_batch_size 3: change one of them",
+    ),
+    "image over patches": (
+        ["--data.codec.patch_size=5"],
+        r"image_size 32 is not divisible by data\.codec\.patch_size 5: change one",
+    ),
+    "image in sequence": (
+        ["--data.sequence_length=68"],
+        r"An image is 64 tokens, .* does not fit data\.sequence_length 68: make that larger, or data\.codec\.patch_size",
+    ),
+    "EmbeddingViT's heads": (
+        ["--model.embedding_vit.num_attention_heads=5"],
+        r"embedding_vit\.hidden_size 384 is not divisible by model\.embedding_vit\.num_attention_heads 5: change one",
+    ),
+    "no task": (
+        ["--data.tasks.text_to_image=0", "--data.tasks.image_to_text=0"],
+        r"data\.tasks are all 0: make one of them positive",
+    ),
+    "alignment's width": (
+        ["--model.alignment_loss_weight=1"],
+        r"give model\.alignment_features, the width of the teacher's features",
+    ),
+    "two starting points": (
+        ["--checkpoint.init_from=a", "--resume=b"],
+        r"init_from starts anew from weights alone, resume continues a run: give one of them",
+    ),
+    "nothing masked": (
+        ["--validation.mask_ratios=[0.5, 0]"],
+        r"mask_ratios are shares above 0 and up to 1, not \[0\.5, 0\.0\]: change",
+    ),
+    "levels that are not there": (
+        ["--preview.sampling_steps=1001"],
+        r"sampling_steps 1001 is more than the model\.diffusion\.num_timesteps 1000 there are: lower it",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_contradiction_is_refused(case: str) -> None:
+    options, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message) as refused:
+        parse(*options)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("train.global_batch_size=0", "train.micro_batch_size=0", "train.log_every=0", "train.steps=-1"),
+        *("parallel.tensor_model_parallel_size=0", "parallel.pipeline_model_parallel_size=0"),
+        *("data.codec.patch_size=0", "data.languages=[]", "data.caption_dropout=2", "data.mask_ratio.minimum=1.5"),
+        *("data.mask_ratio.std=0", "data.tasks.image_only=-1", "seed=-1", "optimizer.lr=-1"),
+        *("model.embedding_vit.num_attention_heads=0", "model.head.timestep_multiplier=0", "model.diffusion.num_timesteps=0"),
+        *("preview.images=0", "validation.mask_ratios=[]", "validation.samples=0"),
+        *("model.backbone.normalization=LayerNorm", "model.backbone.rotary_interleaved=true", "model.backbone.num_moe_experts=4"),
+    ],
+)
+def test_impossible_value_is_refused(option: str) -> None:
+    with pytest.raises(ValueError, match=option.split("=")[0].replace(".", r"\.")) as refused:
+        parse(f"--{option}")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["num_layers", "hidden_size", "num_attention_heads"])
+def test_sizes_of_the_backbone_must_be_given(name: str) -> None:
+    without = [f"--model.backbone.{other}=4" for other in ("num_layers", "hidden_size", "num_attention_heads") if other != name]
+    with pytest.raises(ValueError, match=rf"model\.backbone\.{name} is .*: it must be at least 1"):
+        parse_command_line(without)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [*TP2, *INTERLEAVED, "--parallel.sequence_parallel=true"],
+        [*PP2, "--model.backbone.num_layers=5", "--model.backbone.num_layers_in_first_pipeline_stage=2"],
+        ["--parallel.overlap_param_gather=true", "--parallel.overlap_grad_reduce=true"],
+        ["--data.sequence_length=69"],
+        ["--checkpoint.init_from=a", "--resume=never"],
+        ["--model.alignment_loss_weight=1", "--model.alignment_features=8"],
+    ],
+)
+def test_what_only_just_fits_is_accepted(options: list[str]) -> None:
+    parse(*options)
+
+
+@pytest.mark.parametrize(
+    ("options", "world_size", "message"),
+    [
+        (TP2, 3, r"3 processes do not divide into replicas of 2 .*: start a multiple of that"),
+        ([*TP2, *PP2], 6, r"6 processes do not divide into replicas of 4"),
+        ([], 3, r"global_batch_size 8 is not divisible by train\.micro_batch_size 2 x 3 data-parallel ranks: change one"),
+        ([], 8, r"global_batch_size 8 is not divisible by train\.micro_batch_size 2 x 8 data-parallel ranks"),
+        (
+            [*INTERLEAVED, "--train.global_batch_size=6"],
+            2,
+            r"number of microbatches \(3\) to be a multiple of parallel\.pipeline_model_parallel_size",
+        ),
+    ],
+)
+def test_a_number_of_processes_that_does_not_fit(options: list[str], world_size: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        validate_world(parse(*options).config, world_size=world_size)
+
+
+@pytest.mark.parametrize(("options", "world_size"), [([], 1), ([], 4), (TP2, 2), (TP2, 8), ([*TP2, *PP2], 16), (INTERLEAVED, 2)])
+def test_a_number_of_processes_that_fits(options: list[str], world_size: int) -> None:
+    validate_world(parse(*options).config, world_size=world_size)
