@@ -74,24 +74,24 @@ class Trainer:
 
     def fit(self) -> None:
         """Train until `train.steps`; at the end validate, preview and save."""
-        train, total = self.config.train, self.config.train.steps
+        config, total = self.config, self.config.train.steps
         writer = MetricsWriter(self.run_dir, resume_step=self.progress.step or None, enabled=self.groups.is_main)
         line = ProgressLine(first_step=self.progress.step, total_steps=total)
         throughput = Throughput(
             num_devices=torch.distributed.get_world_size(),
-            peak_flops=peak_flops(platform.device_name(), dtype=self.config.precision.dtype),
+            peak_flops=peak_flops(platform.device_name(), dtype=config.precision.dtype),
         )
         counts_in_window = torch.zeros(3, device=platform.device())
         batches = iter(self.loader)
         while self.progress.step < total:
-            rate = learning_rate(self.progress.step, config=self.config.optimizer, total_steps=total)
+            rate = learning_rate(self.progress.step, config=config.optimizer, total_steps=total)
             result = self.engine.train_step(self._next(batches), learning_rate=rate)
             counts_in_window += result.counts.to_tensor()
             self._advance(result)
             step = self.progress.step
 
-            validate, preview, save = (self._due(section.every) for section in self._occasions())
-            if validate or step % train.log_every == 0 or step == total:
+            validate, preview, save = map(self._due, (config.validation.every, config.preview.every, config.checkpoint.every))
+            if validate or step % config.train.log_every == 0 or step == total:
                 metrics = self._metrics(result, learning_rate=rate)
                 self._count(throughput, counts_in_window)
                 metrics |= throughput.report()
@@ -108,9 +108,6 @@ class Trainer:
                     self._save()
         writer.close()
         self._say(f"{self.run_dir} stands at step {self.progress.step}, the last of train.steps {total}")
-
-    def _occasions(self) -> tuple:
-        return self.config.validation, self.config.preview, self.config.checkpoint
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.progress.step % every == 0 or self.progress.step == self.config.train.steps)
