@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--images", type=int, default=96, help="pictures to paint and to read for the scores (default 96)")
     parser.add_argument("--rounds", type=int, default=32, help="masked auto-regressive rounds (default 32)")
     parser.add_argument("--steps", type=int, default=25, help="diffusion steps of the head in each round (default 25)")
-    parser.add_argument("--guidance_scale", type=float, default=1.0, help="classifier-free guidance (default 1: none)")
+    parser.add_argument("--guidance_scale", type=float, default=2.0, help="classifier-free guidance (default 2; 1: none)")
     parser.add_argument("--seed", type=int, default=0, help="of order and noise (default 0)")
     options = parser.parse_args(argv)
     try:

@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("--image_size", type=int, default=32, help="pixels along each side")
     common.add_argument("--patch_size", type=int, default=4, help="pixels along each side of a patch, which is one token")
     common.add_argument("--tokenizer", help="use this one (see data.tokenizer); else one is trained on the training captions")
-    common.add_argument("--vocab_size", type=int, help="of the tokenizer trained here; shapes: 400, emoji: 4096")
+    common.add_argument("--vocab_size", type=int, help="of the tokenizer trained here; shapes: 400, emoji: 3072")
 
     shapes = commands.add_parser("shapes", parents=[common], formatter_class=formatter, help="coloured shapes, drawn here")
     shapes.add_argument("--train", type=int, default=8000, help="number of training pictures")

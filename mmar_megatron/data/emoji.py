@@ -234,7 +234,7 @@ def make_emoji(
     cache: str | Path,
     skin_tones: int = 5,
     tokenizer: str | None = None,
-    vocab_size: int = 4096,
+    vocab_size: int = 3072,
     log: Callable[[str], None] = print,
 ) -> Report:
     """Makes the `emoji` data set.
