@@ -121,7 +121,8 @@ def _held_out(source: DataSource, count: int, *, one_object: bool) -> list[Sampl
 
 
 def _progress(done: int, rounds: int) -> None:
-    print(f"\rpainting, round {done}/{rounds}", end="\n" if done == rounds else "", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print(f"\rpainting, round {done}/{rounds}", end="\n" if done == rounds else "", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
