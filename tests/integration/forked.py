@@ -40,10 +40,7 @@ def main() -> None:
         if child == 0:
             for descriptor, suffix in ((1, "out"), (2, "err")):
                 os.dup2(os.open(directory / f"{name}.{suffix}", os.O_WRONLY | os.O_CREAT), descriptor)
-            code = run(options)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+            sys.exit(run(options))  # the usual way out, which also ends the process that saving a checkpoint starts
         codes[name] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     print(json.dumps(codes))
 
