@@ -40,11 +40,11 @@ TARGETS: dict[str, dict[str, Target]] = {
         "painted_background": Target(at_least=0.95),
         "captions_exact": Target(at_least=0.9),
     },
-    # An image loss below the range means that something of the masked tokens leaks into their conditions: where EmbeddingViT was
-    # made to see masked patches, it fell to 0.18 within 215 steps, whatever the caption.
+    # An image loss below the range asks for a look whether masked tokens leak into their conditions: in a prototype whose
+    # EmbeddingViT saw masked patches it fell to 0.18 within 215 steps, whatever the caption.
     "emoji": {
         "val_loss_text": Target(at_most=1.9),
-        "val_loss_image_over_zero": Target(at_least=0.2, at_most=0.43),
+        "val_loss_image_over_zero": Target(at_least=0.25, at_most=0.43),
     },
 }
 """By data set. What a small model reaches in minutes; reached by a plain PyTorch prototype before this code was written."""

@@ -13,7 +13,7 @@ from tests.distributed.common import make_data
 from tests.distributed.launch import run_group
 
 WORKER = Path(__file__).with_name("layout_worker.py")
-STEPS = 4
+STEPS = 6
 
 TP2 = ["--parallel.tensor_model_parallel_size", "2"]
 PP2 = ["--parallel.pipeline_model_parallel_size", "2"]
@@ -98,6 +98,6 @@ def test_comparisons_are_not_empty(runs: dict[str, dict[str, Any]]) -> None:
     """They would be if nothing were learned, or painted."""
     figures = runs["one"]["figures"]
     text = [row["text"] for row in figures[:STEPS]]
-    assert text[-1] < 0.95 * text[0]
+    assert text[-1] < 0.9 * text[0]
     assert figures[0]["grad_norm"] > 1.0, "clipping must be at work"
     assert np.std(runs["one"]["painted"]) > 10
