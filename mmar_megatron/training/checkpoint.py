@@ -146,8 +146,10 @@ def load(engine: Engine, path: Path, *, groups: ParallelGroups) -> Progress:
         ValueError: it is of another model.
     """
     # The generators' states belong to one layout. In another they start anew, which only dropout can tell.
-    same_layout = manifest.read(path)["layout"] == groups.layout()
-    state = engine.sharded_state_dict(is_loading=True) | (generators(groups) if same_layout else {})
+    facts = manifest.read(path)
+    same_layout = facts["layout"] == groups.layout()
+    state = engine.sharded_state_dict(is_loading=True, average=facts["average"])
+    state |= generators(groups) if same_layout else {}
     loaded = _read(state, path)
     engine.load_state_dict(loaded)
     if same_layout:

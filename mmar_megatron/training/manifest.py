@@ -55,7 +55,7 @@ def read(directory: Path) -> dict[str, Any]:
         digest = manifest.pop("sha256")
     except FileNotFoundError as error:
         raise ValueError(f"{MANIFEST} is missing") from error
-    except (OSError, ValueError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         raise ValueError(f"{MANIFEST} cannot be read") from error
     if digest != _digest(manifest):
         raise ValueError(f"{MANIFEST} is not what was written")

@@ -319,7 +319,7 @@ class _Save:
         try:
             return self._write()
         except Exception as error:  # of whatever kind: it must reach the other ranks
-            return str(error) or type(error).__name__
+            return _reason(error)
 
     def _write(self) -> _Written:
         names = self._write_small()
@@ -353,3 +353,11 @@ class _Save:
                 torch.save(content, self.partial / name)
         save_config(CheckpointingConfig(BACKEND, BACKEND_VERSION), str(self.partial))
         return [*self.small, CONFIG_FNAME]
+
+
+def _reason(error: BaseException) -> str:
+    """torch's zip writer, closing a file that could not be written, buries the system's error under one of its own."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return str(cause or error) or type(error).__name__
