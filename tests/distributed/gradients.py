@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
-from torch import nn
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
 
 from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.parallel import ParallelGroups
 
-Gradients = dict[str, np.ndarray]
-Part = tuple[str, tuple[int, ...], tuple[slice, ...], np.ndarray]
+Gradients = dict[str, Tensor]
+Part = tuple[str, tuple[int, ...], tuple[slice, ...], Tensor]
 """Name and shape of the whole tensor, place in it, values."""
 
 
@@ -54,14 +55,14 @@ def keeping_gradients(engine: NativeEngine, *, groups: ParallelGroups) -> Iterat
 def _gather(engine: NativeEngine, *, groups: ParallelGroups) -> Gradients:
     _complete_buffers(engine, groups=groups)
     parts = [shard for chunk in engine.chunks for shard in _shards(chunk.module, of_gradients=True)]
-    own: list[Part] = [(*_location(part), part.data.numpy()) for part in parts]
+    own: list[Part] = [(*_location(part), part.data) for part in parts]
     gathered: list[Any] = [None] * groups.world_size
     torch.distributed.all_gather_object(gathered, own)
     return _assemble([part for parts in gathered for part in parts]) if torch.distributed.get_rank() == 0 else {}
 
 
 def _complete_buffers(engine: NativeEngine, *, groups: ParallelGroups) -> None:
-    """Give each data-parallel rank all of the summed gradients. It has only its own shard of each bucket; the rest is unreduced."""
+    """Give each data-parallel rank all of the summed gradients: beside its own shard of each bucket, the others'."""
     for chunk in engine.chunks:
         for buffer in chunk.buffers:
             for bucket in buffer.buckets:
@@ -69,7 +70,7 @@ def _complete_buffers(engine: NativeEngine, *, groups: ParallelGroups) -> None:
                 torch.distributed.all_gather_into_tensor(bucket.grad_data, own, group=groups.data)
 
 
-def _shards(model: nn.Module, *, of_gradients: bool = False) -> list[ShardedTensor]:
+def _shards(model: MegatronModule, *, of_gradients: bool = False) -> list[ShardedTensor]:
     """This rank's parts of the parameters, or of their gradients."""
     state = model.sharded_state_dict(prefix="")
     tensors = {name: value for name, value in state.items() if isinstance(value, ShardedTensor | ShardedTensorFactory)}
@@ -92,9 +93,9 @@ def _assemble(parts: list[Part]) -> Gradients:
     """Whole tensors. Copies, on several ranks or (tied embeddings) on two stages, must agree to the last bit."""
     whole: Gradients = {}
     for name, shape, place, values in parts:
-        of_whole = whole.setdefault(name, np.full(shape, np.nan, dtype=np.float32))[place]
-        assert np.isnan(of_whole).all() or np.array_equal(of_whole, values), f"copies of the gradient of {name} differ"
+        of_whole = whole.setdefault(name, torch.full(shape, math.nan))[place]
+        assert of_whole.isnan().all() or torch.equal(of_whole, values), f"copies of the gradient of {name} differ"
         of_whole[...] = values
-    incomplete = [name for name, tensor in whole.items() if np.isnan(tensor).any()]
+    incomplete = [name for name, tensor in whole.items() if tensor.isnan().any()]
     assert not incomplete, f"the ranks together do not have all of the gradient of {incomplete}"
     return whole

@@ -1,7 +1,7 @@
 """One process of a group: trains a few steps in each of several layouts, paints and reads, and prints what came out.
 
 Arguments: data directory, directory for gradients, number of steps, JSON {name: [options]}. The gradients of each layout's first
-step are in DIRECTORY/NAME.npz.
+step are in DIRECTORY/NAME.pt.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from mmar_megatron import parallel
@@ -52,7 +51,7 @@ def main() -> None:
                 with torch.enable_grad():
                     made["head_flops"] = head_flops(engine.last_stage, tokenizer=loader.source.tokenizer, groups=groups)
         if torch.distributed.get_rank() == 0:
-            np.savez(directory / f"{name}.npz", **gradients)
+            torch.save(gradients, directory / f"{name}.pt")
             made["parameters"] = sum(p.numel() for chunk in engine.chunks for p in chunk.parameters())
             print(json.dumps({name: {"figures": [means(result) for result in results], **made}}), flush=True)
         parallel.destroy()

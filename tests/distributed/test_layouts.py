@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.distributed.common import make_data
 from tests.distributed.gradients import Gradients
@@ -19,6 +20,7 @@ STEPS = 6
 
 TP2 = ["--parallel.tensor_model_parallel_size", "2"]
 PP2 = ["--parallel.pipeline_model_parallel_size", "2"]
+PP4 = ["--parallel.pipeline_model_parallel_size", "4"]
 SP = ["--parallel.sequence_parallel", "true"]
 INTERLEAVED = [*PP2, "--parallel.virtual_pipeline_model_parallel_size", "2"]
 OVERLAP = ["--parallel.overlap_grad_reduce", "true", "--parallel.overlap_param_gather", "true"]
@@ -31,6 +33,7 @@ FEATURES = [
     *("--model.tie_embeddings", "false", "--model.backbone.add_qkv_bias", "true", "--model.backbone.qk_layernorm", "true"),
 ]
 
+AUTO = ["--parallel.pipeline_split", "auto"]
 GROUPS_4 = ["--model.backbone.num_query_groups", "4"]
 BF16 = ["--precision.dtype", "bf16"]
 
@@ -53,6 +56,10 @@ ON_TWO = {
     "TP2 selective": [*TP2, *SELECTIVE],
     "TP2 SP features": [*TP2, *SP, *FEATURES],
     "PP2 features": [*PP2, *FEATURES],
+    "PP2 split 3 1": [*PP2, "--parallel.pipeline_split", "[3, 1]"],
+    "PP2 split 0 4": [*PP2, "--parallel.pipeline_split", "[0, 4]"],
+    "PP2 interleaved split 1 0 3 0 recompute": [*INTERLEAVED, *RECOMPUTE, "--parallel.pipeline_split", "[1, 0, 3, 0]"],
+    "PP2 auto": [*PP2, *AUTO],
     "TP2 SP bf16": [*TP2, *SP, *BF16],
     "PP2 interleaved bf16": [*INTERLEAVED, *BF16],
     "DP2 overlap bf16": [*OVERLAP, *BF16],
@@ -63,8 +70,10 @@ ON_FOUR = {
     "TP2 PP2 interleaved SP recompute": [*TP2, *INTERLEAVED, *SP, *RECOMPUTE],
     "PP2 DP2": PP2,
     "PP2 interleaved DP2 overlap": [*INTERLEAVED, *OVERLAP],
-    "PP4": ["--parallel.pipeline_model_parallel_size", "4"],
+    "PP4": PP4,
     "DP4, microbatches of 1": ["--train.micro_batch_size", "1"],
+    "PP2 interleaved auto DP2 overlap": [*INTERLEAVED, *AUTO, *OVERLAP],
+    "PP4 split 0 2 1 1": [*PP4, "--parallel.pipeline_split", "[0, 2, 1, 1]"],
     "TP4 SP, 4 groups": ["--parallel.tensor_model_parallel_size", "4", *SP, *GROUPS_4],
     "TP2 PP2 SP features": [*TP2, *PP2, *SP, *FEATURES],
     "TP2 PP2 interleaved SP bf16": [*TP2, *INTERLEAVED, *SP, *BF16],
@@ -96,15 +105,13 @@ def reference_of(name: str) -> str:
 
 
 def gradients_of(name: str, folder: Path) -> Gradients:
-    with np.load(folder / f"{name}.npz") as file:
-        return dict(file)
+    return torch.load(folder / f"{name}.pt")
 
 
 def differences(got: Gradients, expected: Gradients) -> dict[str, float]:
     """Of each parameter's gradient, each layer's on its own: the norm of the difference over the norm of what is expected."""
     assert got.keys() == expected.keys()
-    norm = np.linalg.norm
-    return {name: float(norm(got[name] - expected[name]) / norm(expected[name])) for name in expected}
+    return {name: float((got[name] - expected[name]).norm() / expected[name].norm()) for name in expected}
 
 
 LAYOUTS = ["larger microbatch", "recompute", *ON_TWO, *ON_FOUR]
@@ -162,8 +169,8 @@ def test_comparisons_are_not_empty(runs: dict[str, dict[str, Any]]) -> None:
 def test_comparisons_of_gradients_are_not_empty(name: str, runs: dict[str, dict[str, Any]], folder: Path) -> None:
     """Every parameter has a gradient, which is not zero; and a small change of one of them, or of its place, is seen."""
     gradients = gradients_of(name, folder)
-    assert sum(gradient.size for gradient in gradients.values()) == runs[name]["parameters"]
-    assert all(np.isfinite(gradient).all() and np.linalg.norm(gradient) > 0 for gradient in gradients.values())
+    assert sum(gradient.numel() for gradient in gradients.values()) == runs[name]["parameters"]
+    assert all(gradient.isfinite().all() and gradient.norm() > 0 for gradient in gradients.values())
     changed = gradients | {"embedding.mask_embedding": gradients["embedding.mask_embedding"] * (1 + 2e-5)}
     changed["decoder.layers.mlp.linear_fc1.weight.2"] = gradients["decoder.layers.mlp.linear_fc1.weight.1"]
     seen = [parameter for parameter, error in differences(changed, gradients).items() if error > 1e-5]
