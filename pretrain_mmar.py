@@ -19,7 +19,9 @@ from mmar_megatron.data.shards import BadDataError
 from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.model.mmar_model import build_model
-from mmar_megatron.scaling.plan import labels_per_caption, plan
+from mmar_megatron.scaling.expected import labels_per_caption
+from mmar_megatron.scaling.plan import plan
+from mmar_megatron.scaling.split import split_pipeline
 from mmar_megatron.training.saving import SaveError
 from mmar_megatron.training.trainer import Trainer
 
@@ -51,6 +53,7 @@ def build(command: CommandLine) -> Trainer:
     with groups.main_process_first():
         ensure_data(config.data)
     source = DataSource(config.data)
+    config = split_pipeline(config, source)
     model = build_model(
         config.model,
         geometry=ImageGeometry.of(source.codec),
@@ -67,7 +70,7 @@ def print_plan(config: Config) -> None:
     ensure_data(config.data)
     source = DataSource(config.data)
     planned = plan(
-        config,
+        split_pipeline(config, source),
         geometry=ImageGeometry.of(source.codec),
         vocab_size=source.tokenizer.vocab_size,
         labels_per_caption=labels_per_caption(source),

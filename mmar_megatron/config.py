@@ -160,6 +160,9 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
     """Model chunks on each pipeline stage (interleaved 1F1B); needs `overlap_p2p_comm`."""
+    pipeline_split: Literal["even", "auto"] | list[int] = "even"
+    """Layers on each stage, first stage first. Where stages have several chunks: on the first chunk of each stage, then on the
+    second of each, and so on. `auto`: such that the operations of the stages differ least."""
     sequence_parallel: bool = False
     """Shard the activations between the tensor-parallel linears along the sequence."""
     context_parallel_size: int = 1

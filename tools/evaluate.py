@@ -94,8 +94,11 @@ def _one_process(config_yaml: Path) -> Config:
     layout = [
         *("--parallel.tensor_model_parallel_size", "1", "--parallel.pipeline_model_parallel_size", "1"),
         *("--parallel.virtual_pipeline_model_parallel_size", "null", "--parallel.sequence_parallel", "false"),
+        *("--parallel.pipeline_split", "even", "--model.backbone.pipeline_model_parallel_layout", "null"),
         *("--model.backbone.num_layers_in_first_pipeline_stage", "null"),
         *("--model.backbone.num_layers_in_last_pipeline_stage", "null"),
+        *("--model.backbone.account_for_embedding_in_pipeline_split", "false"),
+        *("--model.backbone.account_for_loss_in_pipeline_split", "false"),
     ]
     return parse_command_line(["--config", str(config_yaml), *layout]).config
 

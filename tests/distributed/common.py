@@ -16,6 +16,7 @@ from mmar_megatron.engine.base import StepResult
 from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.model.mmar_model import build_model
+from mmar_megatron.scaling.split import split_pipeline
 
 MODEL = [
     *("--model.backbone.num_layers", "4", "--model.backbone.hidden_size", "32", "--model.backbone.ffn_hidden_size", "64"),
@@ -48,6 +49,7 @@ def build(line: CommandLine) -> tuple[NativeEngine, TrainLoader, parallel.Parall
     groups = parallel.initialize(config.parallel)
     platform.seed_everything(config.seed, tensor_rank=groups.tensor.rank())
     source = DataSource(config.data)
+    config = split_pipeline(config, source)
     model = build_model(
         config.model,
         geometry=ImageGeometry.of(source.codec),
