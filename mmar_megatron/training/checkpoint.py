@@ -39,6 +39,10 @@ class Progress:
     step: int = 0
     consumed_samples: int = 0
     skipped_steps: int = 0
+    bad_steps_in_a_row: int = 0
+    """Of the skipped steps, those up to here without a good one between."""
+    recent_losses: tuple[float, ...] = ()
+    """Of the last `train.spike_window` good steps, oldest first."""
 
 
 def newest(run_dir: str | Path) -> Path | None:

@@ -31,14 +31,14 @@ def main() -> None:
         engine, loader, groups = build(line)
         batch = line.config.train
         microbatches = batch.global_batch_size // (batch.micro_batch_size * groups.data.size())
-        results = train(engine, loader, steps=steps, microbatches=microbatches)
+        figures = [means(result) for result in train(engine, loader, steps=steps, microbatches=microbatches)]
         with engine.evaluating():
-            results.append(engine.evaluate(list(islice(loader, microbatches))))
+            figures.append(means(engine.evaluate(list(islice(loader, microbatches)))))
             painted = paint(engine, CAPTIONS, source=loader.source, groups=groups, sampling=SAMPLING)
             read = caption(engine, list(painted), source=loader.source, groups=groups, max_tokens=6)
         if torch.distributed.get_rank() == 0:
             made = {"painted": painted.flatten().tolist(), "read": read}
-            print(json.dumps({name: {"figures": [means(result) for result in results], **made}}), flush=True)
+            print(json.dumps({name: {"figures": figures, **made}}), flush=True)
         parallel.destroy()
     parallel.leave()
 
