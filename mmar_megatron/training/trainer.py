@@ -108,7 +108,8 @@ class Trainer:
 
                 stop = request.agreed()
                 if stop is not None:
-                    self._save_sheltered()  # before all else, for who sent the signal may not wait long
+                    with throughput.paused():
+                        self._save_sheltered()  # before all else, for who sent the signal may not wait long
                 validate, preview, save = map(self._due, (config.validation.every, config.preview.every, config.checkpoint.every))
                 if validate or step % config.train.log_every == 0 or step == total:
                     metrics = self._metrics(result, learning_rate=rate)

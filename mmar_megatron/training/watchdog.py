@@ -4,7 +4,7 @@ Ranks that wait in a collective for a lost one would else wait for ever, or fail
 rank looks into the job's key-value store, which needs no collective, once a second. What is in there:
 
     failure      the first one: "rank 3: BadDataError: ..."
-    seen/RANK    this rank knows of it, so it is alive, and about to end
+    seen/RANK    this rank knows of it, so it is alive, and about to end; what it was about when it learned of it
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import sys
 import threading
 import time
 import traceback
+from collections import defaultdict
 from contextlib import suppress
+from textwrap import shorten
 from types import TracebackType
 from typing import NoReturn, Self
 
@@ -34,6 +36,7 @@ _GRACE_S = 3.0
 _MARGIN_S = 30.0
 """After which a hanging process is ended even if it lets no Python thread run."""
 _STORE_IS_GONE = "the job's store is gone, and so is the process that kept it: torchrun on the first machine, or else rank 0"
+_NAMED_RANKS = 8
 _STDERR = 2
 
 
@@ -98,13 +101,13 @@ class Watchdog:
             first = self._store.compare_set("failure", "", failure).decode()
             if first != failure:
                 self._follow(first)  # it came before, and most likely brought this one about
-            self._store.set(f"seen/{self._rank}", "")
+            self._store.set(f"seen/{self._rank}", self._last_beat[1])
             end = time.monotonic() + _PATIENCE_S
             while (missing := self._missing()) and time.monotonic() < end:
                 time.sleep(_POLL_S / 10)
         except RuntimeError:  # torch's, of a lost connection
             return _STORE_IS_GONE
-        return f"no sign of life from rank {', '.join(map(str, missing))}" if missing else None
+        return f"no sign of life from {_ranks(missing)}" if missing else None
 
     def _missing(self) -> list[int]:
         return [rank for rank in range(self._ranks) if not self._store.check([f"seen/{rank}"])]
@@ -128,7 +131,7 @@ class Watchdog:
     def _follow(self, failure: str) -> NoReturn:
         """End this process after another one."""
         with suppress(RuntimeError):
-            self._store.set(f"seen/{self._rank}", "")
+            self._store.set(f"seen/{self._rank}", self._last_beat[1])
         if 0 < self._limit_s / 2 < self._silence_s():
             self._show_where()  # either this rank waited for the one that hung, or the reverse
         print(f"error: {failure}", file=sys.stderr, flush=True)
@@ -136,11 +139,20 @@ class Watchdog:
         _exit()
 
     def _hang(self) -> NoReturn:
-        own = f"rank {self._rank} hangs, for {self._silence_s():.0f} s in {self._last_beat[1]}"
         self._show_where()
-        lost = self._tell(own)
-        print(f"error: {lost}; {own}" if lost else f"error: {own}", file=sys.stderr, flush=True)
+        failure = f"rank {self._rank} makes no progress, for {self._silence_s():.0f} s in {self._last_beat[1]}"
+        lost = self._tell(failure)
+        print("error: " + "; ".join(filter(None, (failure, lost, self._places()))), file=sys.stderr, flush=True)
         _exit()
+
+    def _places(self) -> str:
+        """What the living ranks are about, the fewest first: most wait in a collective, and a few keep them waiting."""
+        places = defaultdict(list)
+        with suppress(RuntimeError):
+            for rank in set(range(self._ranks)).difference(self._missing()):
+                places[self._store.get(f"seen/{rank}").decode()].append(rank)
+        groups = sorted(places.items(), key=lambda place: len(place[1]))
+        return "; ".join(f"{_ranks(ranks)} in {phase}" for phase, ranks in groups)
 
     def _show_where(self) -> None:
         seconds, phase = self._silence_s(), self._last_beat[1]
@@ -150,7 +162,12 @@ class Watchdog:
 
 def describe(error: BaseException) -> str:
     """An exception in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return shorten(f"{type(error).__name__}: {error}", width=500, placeholder=" ...")
+
+
+def _ranks(ranks: list[int]) -> str:
+    more = f" and {len(ranks) - _NAMED_RANKS} more" if len(ranks) > _NAMED_RANKS else ""
+    return f"rank {', '.join(map(str, ranks[:_NAMED_RANKS]))}{more}"
 
 
 def _exit() -> NoReturn:
