@@ -16,6 +16,7 @@ AT_LEAST_ONE = (
     *("model.diffusion.num_timesteps", "data.codec.image_size", "data.codec.patch_size", "data.sequence_length"),
     *("parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size", "parallel.context_parallel_size"),
     *("train.steps", "train.micro_batch_size", "train.global_batch_size", "train.log_every"),
+    "train.spike_window",
     *("validation.samples", "validation.timesteps", "preview.images", "preview.rounds", "preview.sampling_steps"),
     "checkpoint.max_in_flight",
 )
@@ -23,6 +24,7 @@ NOT_NEGATIVE = (
     *("seed", "data.num_workers", "validation.every", "preview.every", "checkpoint.every", "model.alignment_loss_weight"),
     *("checkpoint.keep_last", "checkpoint.keep_every"),
     *("data.tasks.text_to_image", "data.tasks.image_to_text", "data.tasks.image_only"),
+    *("train.max_bad_steps", "train.spike_zscore", "train.hang_timeout_s"),
     *("optimizer.lr", "optimizer.min_lr", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_grad"),
 )
 SHARES = ("data.mask_ratio.minimum", "data.caption_dropout", "data.max_bad_fraction", "optimizer.ema_decay")

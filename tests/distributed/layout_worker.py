@@ -41,9 +41,10 @@ def main() -> None:
         with keeping_gradients(engine, groups=groups) as gradients:
             results = train(engine, batches, steps=1, microbatches=microbatches)
         results += train(engine, batches, steps=steps - 1, microbatches=microbatches)
+        figures = [means(result) for result in results]
         made: dict[str, Any] = {}
         with engine.evaluating():
-            results.append(engine.evaluate(list(islice(loader, microbatches))))
+            figures.append(means(engine.evaluate(list(islice(loader, microbatches)))))
             painted = paint(engine, CAPTIONS, source=loader.source, groups=groups, sampling=SAMPLING)
             made["read"] = caption(engine, list(painted), source=loader.source, groups=groups, max_tokens=6)
             made["painted"] = painted.flatten().tolist()
@@ -53,7 +54,7 @@ def main() -> None:
         if torch.distributed.get_rank() == 0:
             torch.save(gradients, directory / f"{name}.pt")
             made["parameters"] = sum(p.numel() for chunk in engine.chunks for p in chunk.parameters())
-            print(json.dumps({name: {"figures": [means(result) for result in results], **made}}), flush=True)
+            print(json.dumps({name: {"figures": figures, **made}}), flush=True)
         parallel.destroy()
     parallel.leave()
 
