@@ -127,8 +127,7 @@ class CheckpointWriter:
             writer.write_buckets = writer.preload_tensors(writer.write_buckets, True)
         self._check_space(partial, writer)
         facts = {
-            "step": progress.step,
-            "consumed_samples": progress.consumed_samples,
+            **asdict(progress),
             "layout": self._groups.layout(),
             "average": engine.has_average,
             "config_sha256": manifest.digest_of_text(self._config_yaml),
