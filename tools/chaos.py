@@ -15,7 +15,6 @@ import json
 import os
 import runpy
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 from mmar_megatron.chaos.life import Main
@@ -61,7 +60,7 @@ def main(argv: list[str]) -> int:
         tally = trial.run(schedule)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    report = {"seed": args.seed, "nproc": args.nproc, "steps": steps, "passed": tally.passed, **asdict(tally)}
+    report = {"seed": args.seed, "nproc": args.nproc, "steps": steps, "passed": tally.passed, **vars(tally)}
     (args.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     print(summary(tally))
     return 0 if tally.passed else 1

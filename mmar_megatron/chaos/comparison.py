@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 CLOCKED = frozenset({"step_time_s", "samples_per_second", "tokens_per_second", "tflops_per_device", "mfu"})
@@ -19,9 +20,7 @@ def differences(expected: list[Row], found: list[Row]) -> list[str]:
     sentences += [f"step {step} stands there {count} times" for step, count in times.items() if count > 1]
     sentences += [f"step {step} is in this run alone" for step in times if step not in of_step]
     steps = [row["step"] for row in found]
-    sentences += [
-        f"step {after} comes after step {before}" for before, after in zip(steps, steps[1:], strict=False) if after < before
-    ]
+    sentences += [f"step {after} comes after step {before}" for before, after in pairwise(steps) if after < before]
     for row in found:
         if row["step"] in of_step:
             sentences += _changed(of_step[row["step"]], row)

@@ -1,8 +1,8 @@
 """One life of a run: its ranks are started, watched, and ended.
 
-Ranks are forked from a process that has imported everything (importing takes longer than all else they do), and are real processes
-otherwise: each has its session, its environment as a launcher gives it, and a file for its output. What they start in turn is
-found as a scheduler finds it, as descendants, also where a parent is dead: the forking process adopts orphans.
+Ranks are forked from a process that has imported everything, for importing takes longer than all else they do. Otherwise they are
+as any launcher starts them: each has its session, its environment, and a file for its output. What they start in turn is found as
+a scheduler would find it, also where a parent is dead: the forking process adopts orphans.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ class Life:
             seen.saved.setdefault(step, now)
 
     def _saves_under_way(self) -> set[int]:
-        """Steps of this life that are being saved. What an earlier life left half-saved lies there too, until its step comes again."""
+        """Steps of this life that are being saved. What an earlier one left half-saved lies there too, until its step comes again."""
         steps = {int(path.name[len(".step_") :][:8]) for path in self._checkpoints.glob(".step_*.partial")}
         return steps & self._seen.steps.keys()
 

@@ -123,13 +123,7 @@ class Trial:
         if life.last_step is not None:
             self.tally.steps_run += life.last_step - (life.resumed_from[1] if life.resumed_from else 0)
         self.tally.problems += [f"life {number:03d}: {problem}" for problem in problems]
-        start = f"from step {life.resumed_from[1]}" if life.resumed_from else "from the beginning"
-        what = f"{plan.event}, came during {life.phase()}" if plan.event else "to the end"
-        end = f"at step {life.last_step}" if life.last_step else "before a step"
-        saving = ", async" if plan.async_save else ""
-        self._log(
-            f"life {number:03d}{saving}: {done}{start}; {what}; ended {end} with {ending.statuses}, {time.monotonic() - began:.1f} s"
-        )
+        self._log(f"life {number:03d}  {done}{_account(plan, ending, life)}  {time.monotonic() - began:.1f} s")
         for problem in problems:
             self._log(f"  WRONG: {problem}")
 
@@ -216,6 +210,16 @@ class Trial:
         expected, found = read_metrics(self._out / "undisturbed"), read_metrics(self._run_dir)
         self.tally.steps_compared = len(found)
         self.tally.differences = differences(expected, found)
+
+
+def _account(plan: LifePlan, ending: Ending, life: Life) -> str:
+    """What a life was, in one line."""
+    start = life.resumed_from[1] if life.resumed_from else 0
+    steps = f"steps {start + 1} to {life.last_step}" if life.last_step else "no step"
+    came = f", came during {life.phase()}" if plan.event and plan.event.action == "kill" else ""
+    return (
+        f"{plan.event or 'to the end'}{came}: {steps}{', async saves' if plan.async_save else ''}, ended with {ending.statuses}"
+    )
 
 
 def summary(tally: Tally) -> str:
