@@ -200,7 +200,7 @@ class Life:
             seen.saved.setdefault(step, now)
 
     def _saves_under_way(self) -> set[int]:
-        """Steps of this life that are being saved. What an earlier one left half-saved lies there too, until its step comes again."""
+        """Steps of this life that are being saved. What an earlier one left lies there too, until its step comes again."""
         steps = {int(path.name[len(".step_") :][:8]) for path in self._checkpoints.glob(".step_*.partial")}
         return steps & self._seen.steps.keys()
 
