@@ -20,6 +20,7 @@ from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.model.mmar_model import build_model
 from mmar_megatron.scaling.plan import labels_per_caption, plan
+from mmar_megatron.training.saving import SaveError
 from mmar_megatron.training.trainer import Trainer
 
 
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
     try:
         trainer.fit()
-    except BadDataError as error:
+    except (BadDataError, SaveError) as error:
         sys.exit(f"error: {error}")
     parallel.leave()
 

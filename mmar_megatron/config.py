@@ -196,6 +196,8 @@ class OptimizerConfig:
     weight_decay: float = 0.02
     clip_grad: float = 3.0
     """Largest gradient norm; 0: no clipping."""
+    ema_decay: float = 0.0
+    """Of the exponential moving average of the weights, kept in fp32 (MAR: 0.9999); 0: none is kept."""
 
 
 @dataclass(kw_only=True)
@@ -244,8 +246,20 @@ class CheckpointConfig:
 
     every: int = 500
     """Steps between checkpoints; one follows the last step too. 0: never."""
+    async_save: bool = False
+    """Write in the background while training goes on."""
+    max_in_flight: int = 1
+    """Background saves at a time; a further one waits for the oldest. Each holds a copy of the state in host memory."""
+    on_failure: Literal["continue", "stop"] = "continue"
+    """When a checkpoint cannot be saved: say so and train on, or end the run."""
+    keep_last: int = 0
+    """Delete all but this many of the newest, once the newest has been read back whole; 0: delete none."""
+    keep_every: int = 0
+    """Of these, keep those whose step is a multiple of this for ever; 0: none."""
     init_from: str | None = None
-    """Start from the weights alone of this checkpoint directory (stage 2)."""
+    """Start from the weights alone of this checkpoint or run directory (stage 2)."""
+    init_from_average: bool = False
+    """Take the moving average of those weights in their place."""
 
 
 @dataclass(kw_only=True)

@@ -17,13 +17,15 @@ AT_LEAST_ONE = (
     *("parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size", "parallel.context_parallel_size"),
     *("train.steps", "train.micro_batch_size", "train.global_batch_size", "train.log_every"),
     *("validation.samples", "validation.timesteps", "preview.images", "preview.rounds", "preview.sampling_steps"),
+    "checkpoint.max_in_flight",
 )
 NOT_NEGATIVE = (
     *("seed", "data.num_workers", "validation.every", "preview.every", "checkpoint.every", "model.alignment_loss_weight"),
+    *("checkpoint.keep_last", "checkpoint.keep_every"),
     *("data.tasks.text_to_image", "data.tasks.image_to_text", "data.tasks.image_only"),
     *("optimizer.lr", "optimizer.min_lr", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_grad"),
 )
-SHARES = ("data.mask_ratio.minimum", "data.caption_dropout", "data.max_bad_fraction")
+SHARES = ("data.mask_ratio.minimum", "data.caption_dropout", "data.max_bad_fraction", "optimizer.ema_decay")
 NOT_EMPTY = ("data.languages", "validation.mask_ratios")
 NOT_OURS = {
     "normalization": ("RMSNorm", "the backbone's norm is RMSNorm"),
@@ -48,6 +50,15 @@ def validate(cfg: Namespace) -> None:
     _require(
         cfg.checkpoint.init_from is None or cfg.resume in ("auto", "never"),
         "checkpoint.init_from starts anew from weights alone, resume continues a run: give one of them.",
+    )
+    _require(cfg.optimizer.ema_decay < 1, "optimizer.ema_decay 1 would average nothing: lower it.")
+    _require(
+        cfg.checkpoint.keep_last > 0 or cfg.checkpoint.keep_every == 0,
+        "checkpoint.keep_every spares checkpoints from checkpoint.keep_last, which is 0 and deletes none: set that too.",
+    )
+    _require(
+        cfg.checkpoint.init_from or not cfg.checkpoint.init_from_average,
+        "checkpoint.init_from_average needs checkpoint.init_from: give that too.",
     )
 
 

@@ -48,6 +48,22 @@ class ParallelGroups:
         if torch.distributed.get_rank() == 0:
             torch.distributed.barrier()
 
+    @contextmanager
+    def fail_together(self) -> Iterator[None]:
+        """What may fail on some ranks (a full disk, a missing permission) then fails on all, with the first one's error.
+
+        The others would otherwise wait for it in their next collective. Within the block none may come after what fails.
+        """
+        mine: Exception | None = None
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            mine = error
+        errors: list[Exception | None] = [None] * self.world_size
+        torch.distributed.all_gather_object(errors, mine)
+        if first := next((error for error in errors if error is not None), None):
+            raise first
+
     @property
     def is_first_stage(self) -> bool:
         """Whether the embedding is here."""
@@ -62,6 +78,10 @@ class ParallelGroups:
     def is_main(self) -> bool:
         """Whether this is the one process that writes reports: the last, for it has the loss in any layout."""
         return torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+
+    def layout(self) -> dict[str, int]:
+        """The sizes that make up the number of processes."""
+        return {"tensor": self.tensor.size(), "pipeline": self.pipeline.size(), "data": self.data.size()}
 
     def describe(self) -> str:
         """The layout in one line."""

@@ -70,14 +70,18 @@ class Engine(Protocol):
     def last_stage(self) -> MMARModel | None:
         """The model chunk that holds the heads, where it is on this rank."""
 
-    def sharded_state_dict(self, *, is_loading: bool = False) -> dict[str, Any]:
-        """Model and optimizer as megatron-core's sharded tensors."""
+    @property
+    def has_average(self) -> bool:
+        """Whether a moving average of the weights is kept."""
+
+    def sharded_state_dict(self, *, is_loading: bool = False, average: bool = True) -> dict[str, Any]:
+        """Model, optimizer and (with `average`, where there is one) moving average, as megatron-core's sharded tensors."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What was loaded into `sharded_state_dict(is_loading=True)`."""
+        """What was loaded into `sharded_state_dict(is_loading=True)`; an average that is not in it begins anew."""
 
     def load_weights(self, state: dict[str, Any]) -> None:
-        """Only the model's part, into model and optimizer."""
+        """What was loaded into `model_sharded_state_dict`, be it all or a part; the optimizer starts anew."""
 
-    def model_sharded_state_dict(self) -> dict[str, Any]:
-        """The model's part of `sharded_state_dict`."""
+    def model_sharded_state_dict(self, *, average: bool = False) -> dict[str, Any]:
+        """The model's part of `sharded_state_dict`; with `average` it reads the average into the weights."""

@@ -18,6 +18,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from mmar_megatron import platform
 from mmar_megatron.config import Config
 from mmar_megatron.data.batch import Batch
+from mmar_megatron.engine.average import WeightAverage, under_average_names
 from mmar_megatron.engine.base import Counts, StepResult
 from mmar_megatron.engine.optimizer import build_optimizer, set_learning_rate
 from mmar_megatron.model.losses import LossSums
@@ -64,6 +65,8 @@ class NativeEngine:
             bf16=config.precision.dtype == "bf16",
             overlap_param_gather=config.parallel.overlap_param_gather,
         )
+        decay = config.optimizer.ema_decay
+        self.average = WeightAverage(self.optimizer, decay=decay) if decay > 0 else None
         self.backbone.finalize_model_grads_func = self._finalize_gradients
         if config.parallel.overlap_grad_reduce:
             no_sync = [chunk.no_sync for chunk in self.chunks]
@@ -177,6 +180,8 @@ class NativeEngine:
                 if parameters := part.get_parameters():
                     clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip_grad, total_norm=grad_norm)
         self.optimizer.step_with_ready_grads()
+        if self.average is not None:
+            self.average.update()
         return grad_norm, True
 
     # --- not learning -----------------------------------------------------------------------------------------------------------
@@ -209,33 +214,58 @@ class NativeEngine:
 
     # --- state ------------------------------------------------------------------------------------------------------------------
 
-    def model_sharded_state_dict(self) -> dict[str, Any]:
-        """Each chunk's parameters under its own key: `model0`, `model1`, ..."""
-        return {
+    @property
+    def has_average(self) -> bool:
+        """Whether a moving average of the weights is kept."""
+        return self.average is not None
+
+    def model_sharded_state_dict(self, *, average: bool = False) -> dict[str, Any]:
+        """Each chunk's parameters under its own key, `model0`, `model1`, ...; with `average` under the names of their average."""
+        state = {
             f"model{number}": chunk.module.sharded_state_dict(metadata=self._metadata) for number, chunk in enumerate(self.chunks)
         }
+        return {key: under_average_names(of_chunk) for key, of_chunk in state.items()} if average else state
 
-    def sharded_state_dict(self, *, is_loading: bool = False) -> dict[str, Any]:
-        """Model and optimizer, in the form that reshards to any layout."""
+    def sharded_state_dict(self, *, is_loading: bool = False, average: bool = True) -> dict[str, Any]:
+        """Model, optimizer and (with `average`) moving average, in the form that reshards to any layout."""
         model = self.model_sharded_state_dict()
         # megatron-core looks for one chunk under `model`, for several under `model0`, ...
         of_optimizer = {"model": model["model0"]} if len(model) == 1 else model
         optimizer = self.optimizer.sharded_state_dict(of_optimizer, is_loading=is_loading, metadata=self._metadata)
-        return {**model, "optimizer": optimizer}
+        state = {**model, "optimizer": optimizer}
+        if average and self.average is not None:
+            tensors = self.average.room() if is_loading else self.average.whole()
+            state["average"] = {key: under_average_names(of_chunk, tensors) for key, of_chunk in model.items()}
+            state["average_updates"] = self.average.updates
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Model and optimizer."""
+        """Model and optimizer; and the average, which begins anew from the weights where there is none."""
         self._load_model(state)
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is None:
+            return
+        if "average" not in state:
+            self.average.restart()
+            return
+        whole = {
+            parameter: state["average"][f"model{number}"][name]
+            for number, chunk in enumerate(self.chunks)
+            for name, parameter in chunk.module.state_dict(keep_vars=True).items()
+            if isinstance(parameter, torch.nn.Parameter)
+        }
+        self.average.load(whole, updates=state["average_updates"])
 
     def load_weights(self, state: dict[str, Any]) -> None:
-        """The model alone; the optimizer starts anew from these weights."""
-        self._load_model(state)
+        """What there is of the model; the optimizer, and the average, start anew from these weights."""
+        self._load_model(state, strict=False)
         self.optimizer.reload_model_params()
+        if self.average is not None:
+            self.average.restart()
 
-    def _load_model(self, state: dict[str, Any]) -> None:
+    def _load_model(self, state: dict[str, Any], *, strict: bool = True) -> None:
         for number, chunk in enumerate(self.chunks):
-            chunk.module.load_state_dict(state[f"model{number}"])
+            chunk.module.load_state_dict(state[f"model{number}"], strict=strict)
 
     @property
     def _metadata(self) -> dict[str, Any]:

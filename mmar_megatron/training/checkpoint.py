@@ -1,34 +1,37 @@
-"""Checkpoints: megatron-core's distributed format with a manifest, visible under their name only when complete.
+"""Checkpoints: where they are, which of them are good, and how a run goes on from one. `saving.py` writes them.
 
-    RUN_DIR/checkpoints/step_00001000/     the tensors, common.pt, metadata.json (megatron-core's), manifest.json (ours)
+    RUN_DIR/checkpoints/step_00001000/           megatron-core's files, with config.yaml and manifest.json
+    RUN_DIR/checkpoints/step_00001000.damaged/   one that was found not to be as it was written; nothing of ours deletes it
+    RUN_DIR/checkpoints/.step_...                not complete yet, or being deleted: of no use to anybody
 
-Model, optimizer and loader state do not depend on the layout that wrote them.
+Model, optimizer, average of the weights and loader state do not depend on the layout that wrote them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import re
-import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import megatron.core
 import torch
+import yaml
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
-import mmar_megatron
 from mmar_megatron import platform
+from mmar_megatron.engine.average import AVERAGE_PREFIX
 from mmar_megatron.engine.base import Engine
 from mmar_megatron.parallel import ParallelGroups
+from mmar_megatron.training import manifest
+from mmar_megatron.training.manifest import MANIFEST
 
-MANIFEST = "manifest.json"
+CONFIG = "config.yaml"
 _NAME = re.compile(r"step_(\d{8})")
 
 
@@ -41,60 +44,112 @@ class Progress:
     skipped_steps: int = 0
 
 
-def newest(run_dir: str | Path) -> Path | None:
-    """The complete checkpoint with the highest step in a run directory."""
-    found = [path for path in Path(run_dir, "checkpoints").glob("step_*") if _NAME.fullmatch(path.name)]
-    return max((path for path in found if (path / MANIFEST).is_file()), default=None)
+# --- which there are ------------------------------------------------------------------------------------------------------------
 
 
-def resolve(path: str | Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest one of a run directory.
+def directory(run_dir: str | Path, *, step: int) -> Path:
+    """Where the checkpoint of a step stands once it is complete."""
+    return Path(run_dir, "checkpoints", f"step_{step:08d}")
+
+
+def step_of(path: Path) -> int:
+    """Undo of `directory`."""
+    match = _NAME.fullmatch(path.name)
+    assert match, path
+    return int(match[1])
+
+
+def under_final_names(run_dir: str | Path) -> list[Path]:
+    """What stands under a checkpoint's name, good or damaged, oldest first."""
+    return sorted(path for path in Path(run_dir, "checkpoints").glob("step_*") if _NAME.fullmatch(path.name))
+
+
+def newest_good(
+    run_dir: str | Path, *, groups: ParallelGroups | None = None, set_aside: bool = False, say: Callable[[str], None] = print
+) -> Path | None:
+    """The newest checkpoint in a run directory that is as it was written. None: the run has never saved one.
+
+    Args:
+        run_dir: a run's directory.
+        groups: of a job whose ranks call this together and share the reading; none: this process alone.
+        set_aside: give damaged ones another name, so that the next start does not read them again. They are never deleted.
+        say: is told of each damaged one.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are some, but none is good.
+    """
+    found = _as_seen_by_one(under_final_names(run_dir), groups=groups)
+    for path in reversed(found):
+        wrong = problems(path, groups=groups)
+        if not wrong:
+            return path
+        say(f"the checkpoint {path} is damaged: {'; '.join(wrong[:3])}" + (f"; and {len(wrong) - 3} more" * (len(wrong) > 3)))
+        if set_aside and (groups is None or torch.distributed.get_rank() == 0):
+            _set_aside(path)
+    if found or _as_seen_by_one(sorted(Path(run_dir, "checkpoints").glob("step_*.damaged*")), groups=groups):
+        raise ValueError(
+            f"No checkpoint in {run_dir} is good, so the run cannot go on: bring one back, or begin in another run_dir."
+        )
+    return None
+
+
+def resolve(path: str | Path, *, groups: ParallelGroups | None = None, say: Callable[[str], None] = print) -> Path:
+    """The checkpoint that a path means: itself, or the newest good one of a run directory. Arguments as `newest_good`'s.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
     """
     path = Path(path)
-    if (path / MANIFEST).is_file():
+    if _NAME.fullmatch(path.name) or (path / MANIFEST).exists():
+        if wrong := problems(path, groups=groups):
+            raise ValueError(f"The checkpoint {path} is damaged ({wrong[0]}): give another one.")
         return path
-    found = newest(path)
+    found = newest_good(path, groups=groups, say=say)
     if found is None:
         raise ValueError(f"There is no checkpoint at {path}: give a directory step_XXXXXXXX with {MANIFEST}, or a run directory.")
     return found
 
 
-def save(engine: Engine, *, run_dir: str | Path, progress: Progress, config_yaml: str, groups: ParallelGroups) -> Path:
-    """Write a checkpoint; all ranks call it together.
+def problems(path: Path, *, groups: ParallelGroups | None = None) -> list[str]:
+    """What is wrong with a checkpoint; the ranks of a job read a part each, and all get the whole answer."""
+    if groups is None:
+        return manifest.problems(path)
+    found: list[list[str]] = [[] for _ in range(groups.world_size)]
+    mine = manifest.problems(path, rank=torch.distributed.get_rank(), ranks=groups.world_size)
+    torch.distributed.all_gather_object(found, mine)
+    return list(dict.fromkeys(problem for part in found for problem in part))
 
-    It is written under a temporary name, flushed to the disk and renamed by one process, so that a run killed at any moment
-    leaves either all of it or nothing that is ever looked at.
-    """
-    final = Path(run_dir, "checkpoints", f"step_{progress.step:08d}")
-    partial = final.with_name(f".{final.name}.partial")
-    is_main = torch.distributed.get_rank() == 0
-    if is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    torch.distributed.barrier()
-    with engine.evaluating():  # parameters may still be on their way from the ranks that updated them
-        state = {**engine.sharded_state_dict(), "progress": asdict(progress), **_generators(groups)}
-        dist_checkpointing.save(state, str(partial))
-    if is_main:
-        (partial / "config.yaml").write_text(config_yaml)
-        _write_manifest(partial, progress=progress, groups=groups)
-        _put_in_place(partial, final)
-    torch.distributed.barrier()
-    return final
+
+def _as_seen_by_one(paths: list[Path], *, groups: ParallelGroups | None) -> list[Path]:
+    """What rank 0 lists: on network storage another rank may still see what was there a moment ago."""
+    if groups is not None:
+        torch.distributed.broadcast_object_list(seen := [paths])
+        (paths,) = seen
+    return paths
+
+
+def _set_aside(path: Path) -> None:
+    names = (path.with_name(f"{path.name}.damaged{suffix}") for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
+    try:
+        path.rename(next(name for name in names if not name.exists()))
+    except OSError:
+        return  # of storage that cannot be written, where saving will complain soon enough; for reading it is good
+
+
+# --- going on -------------------------------------------------------------------------------------------------------------------
 
 
 def load(engine: Engine, path: Path, *, groups: ParallelGroups) -> Progress:
-    """Continue from a checkpoint: model, optimizer, generators; all ranks call it together.
+    """Continue from a checkpoint: model, optimizer, average, generators; all ranks call it together.
 
     Raises:
         ValueError: it is of another model.
     """
     # The generators' states belong to one layout. In another they start anew, which only dropout can tell.
-    same_layout = json.loads((path / MANIFEST).read_text())["layout"] == _layout(groups)
-    state = engine.sharded_state_dict(is_loading=True) | (_generators(groups) if same_layout else {})
+    facts = manifest.read(path)
+    same_layout = facts["layout"] == groups.layout()
+    state = engine.sharded_state_dict(is_loading=True, average=facts["average"])
+    state |= generators(groups) if same_layout else {}
     loaded = _read(state, path)
     engine.load_state_dict(loaded)
     if same_layout:
@@ -102,78 +157,89 @@ def load(engine: Engine, path: Path, *, groups: ParallelGroups) -> Progress:
     return Progress(**loaded["progress"])
 
 
-def load_weights(engine: Engine, path: Path) -> None:
+@dataclass(frozen=True, kw_only=True)
+class WeightsReport:
+    """What became of the weights when they alone were taken from a checkpoint; names as in checkpoints."""
+
+    loaded: tuple[str, ...]
+    new: tuple[str, ...]
+    """Of the model, not in the checkpoint: they keep their initial values."""
+    unused: tuple[str, ...]
+    """In the checkpoint, not of the model."""
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.loaded)} tensors loaded"]
+        if self.new:
+            parts.append(f"{len(self.new)} new, which keep their initial values: {_shortened(self.new)}")
+        if self.unused:
+            parts.append(f"{len(self.unused)} in the checkpoint that this model has no place for: {_shortened(self.unused)}")
+        return "; ".join(parts)
+
+
+def load_weights(engine: Engine, path: Path, *, average: bool = False) -> WeightsReport:
     """Take the weights alone, for another stage of training; all ranks call it together.
 
+    Args:
+        average: take their moving average in place of the weights themselves.
+
     Raises:
-        ValueError: they are of another model.
+        ValueError: they are of another model, or hold no average.
     """
-    engine.load_weights(_read(engine.model_sharded_state_dict(), path))
+    prefix = AVERAGE_PREFIX if average else ""
+    state = engine.model_sharded_state_dict(average=average)
+    wanted = _on_all_ranks(
+        {value.key for value in nested_values(state) if isinstance(value, ShardedTensor | ShardedTensorFactory)}
+    )
+    there = {key for key in dist_checkpointing.load_tensors_metadata(str(path)) if key.startswith(AVERAGE_PREFIX) == average}
+    there = {key for key in there if not key.startswith("optimizer.")}
+    if average and not there:
+        raise ValueError(f"The checkpoint {path} holds no average of the weights: train with optimizer.ema_decay above 0.")
+    if lacking := sorted(key for key in wanted - there if key.removeprefix(prefix).startswith("decoder.")):
+        raise ValueError(f"The checkpoint {path} is of another model: it has no {lacking[0]}. Give the sizes in its {CONFIG}.")
+    engine.load_weights(_read(state, path, strict=StrictHandling.IGNORE_ALL))
+    names = (sorted(key.removeprefix(prefix) for key in keys) for keys in (wanted & there, wanted - there, there - wanted))
+    loaded, new, unused = map(tuple, names)
+    return WeightsReport(loaded=loaded, new=new, unused=unused)
 
 
-def _read(state: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Fill a sharded state dict. Raises ValueError where the checkpoint is of another model."""
-    try:
-        return dist_checkpointing.load(state, str(path))
-    except CheckpointException as error:  # torch's, around what each rank raised
-        reason = next(iter(error.failures.values()))[0]
-        if not isinstance(reason, CheckpointingException):
-            raise
-        raise ValueError(f"The checkpoint {path} is of another model ({reason}): give the sizes in its config.yaml.") from error
+def changed_options(path: Path, config_yaml: str) -> list[str]:
+    """Which options differ between the configuration that wrote a checkpoint and this one: `train.steps: 6 -> 12`."""
+    if manifest.read(path)["config_sha256"] == manifest.digest_of_text(config_yaml):
+        return []
+    before, now = (_flattened(yaml.safe_load(text)) for text in ((path / CONFIG).read_text(), config_yaml))
+    return [f"{name}: {before.get(name)} -> {now.get(name)}" for name in before | now if before.get(name) != now.get(name)]
 
 
-def _layout(groups: ParallelGroups) -> dict[str, int]:
-    return {"tensor": groups.tensor.size(), "pipeline": groups.pipeline.size(), "data": groups.data.size()}
-
-
-def _generators(groups: ParallelGroups) -> dict[str, Any]:
+def generators(groups: ParallelGroups) -> dict[str, Any]:
     """The generators' states of this rank; those of one model-parallel rank are alike on all its data-parallel replicas."""
     tensor, pipeline = groups.tensor, groups.pipeline
     shape, place = (pipeline.size(), tensor.size()), (pipeline.rank(), tensor.rank())
     return {"generators": ShardedObject("generators", platform.rng_state(), shape, place, replica_id=groups.data.rank())}
 
 
-def _write_manifest(directory: Path, *, progress: Progress, groups: ParallelGroups) -> None:
-    files = {}
-    for path in sorted(directory.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                files[str(path.relative_to(directory))] = {
-                    "bytes": path.stat().st_size,
-                    "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-                }
-                os.fsync(file.fileno())
-    manifest = {
-        **asdict(progress),
-        "layout": _layout(groups),
-        "versions": {
-            "mmar_megatron": mmar_megatron.__version__,
-            "megatron_core": megatron.core.__version__,
-            "torch": torch.__version__,
-        },
-        "files": files,
-    }
-    with (directory / MANIFEST).open("w") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    _flush(directory)
-
-
-def _put_in_place(partial: Path, final: Path) -> None:
-    """Give the new directory its name; one that an earlier course of the run left under it makes way."""
-    old = final.with_name(f".{final.name}.replaced")
-    if final.exists():
-        final.rename(old)
-    partial.rename(final)
-    _flush(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush(directory: Path) -> None:
-    """Make the names in a directory durable, not only the files' contents."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def _read(state: dict[str, Any], path: Path, *, strict: StrictHandling = StrictHandling.ASSUME_OK_UNEXPECTED) -> dict[str, Any]:
+    """Fill a sharded state dict. Raises ValueError where the checkpoint is of another model."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return dist_checkpointing.load(state, str(path), strict=strict)
+    except CheckpointException as error:  # torch's, around what each rank raised
+        reason = next(iter(error.failures.values()))[0]
+        if not isinstance(reason, CheckpointingException):
+            raise
+        raise ValueError(f"The checkpoint {path} is of another model ({reason}): give the sizes in its {CONFIG}.") from error
+
+
+def _flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _on_all_ranks(mine: set[str]) -> set[str]:
+    parts: list[set[str]] = [set() for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(parts, mine)
+    return set().union(*parts)
+
+
+def _shortened(names: tuple[str, ...], longest: int = 6) -> str:
+    return ", ".join(names[:longest]) + (f", and {len(names) - longest} more" if len(names) > longest else "")

@@ -24,6 +24,7 @@ from mmar_megatron.training import checkpoint
 from mmar_megatron.training.checkpoint import Progress
 from mmar_megatron.training.metrics import MetricsWriter, ProgressLine, Throughput
 from mmar_megatron.training.previews import Previews, write_png
+from mmar_megatron.training.saving import CheckpointWriter
 from mmar_megatron.training.validation import Validation
 
 
@@ -42,6 +43,9 @@ class Trainer:
         self.config_yaml = command.yaml
         self.run_dir = Path(config.run_dir)
         self.progress = self._restore()
+        self.checkpoints = CheckpointWriter(
+            config.checkpoint, run_dir=self.run_dir, config_yaml=self.config_yaml, groups=groups, say=self._say
+        )
         self._counted = self.progress.step
         self._bad_images = 0
         self.loader = TrainLoader(
@@ -104,8 +108,10 @@ class Trainer:
             with throughput.paused():
                 if preview:
                     self._preview(writer)
+                self.checkpoints.poll()
                 if save:
-                    self._save()
+                    self.checkpoints.save(self.engine, progress=self.progress)
+        self.checkpoints.close()
         writer.close()
         self._say(f"{self.run_dir} stands at step {self.progress.step}, the last of train.steps {total}")
 
@@ -185,31 +191,31 @@ class Trainer:
 
     def _restore(self) -> Progress:
         """Continue what is in the run directory, or begin, as `resume` and `checkpoint.init_from` say."""
-        resume, init_from = self.config.resume, self.config.checkpoint.init_from
-        found = checkpoint.newest(self.run_dir) if resume == "auto" else None
+        resume, init_from, groups = self.config.resume, self.config.checkpoint.init_from, self.groups
         if resume == "never" and self.run_dir.exists() and any(self.run_dir.iterdir()):
             raise ValueError(f"The run directory {self.run_dir} is not empty: choose another, or continue it with --resume auto.")
-        if resume not in ("auto", "never"):
-            found = checkpoint.resolve(resume)
-        progress = Progress()
+        found = None
+        if resume == "auto":
+            found = checkpoint.newest_good(self.run_dir, groups=groups, set_aside=True, say=self._say)
+        elif resume != "never":
+            found = checkpoint.resolve(resume, groups=groups, say=self._say)
         if found is not None:
-            progress = checkpoint.load(self.engine, found, groups=self.groups)
+            progress = checkpoint.load(self.engine, found, groups=groups)
             self._say(f"continues {found} at step {progress.step}")
-        elif init_from is not None:
-            path = checkpoint.resolve(init_from)
-            checkpoint.load_weights(self.engine, path)
-            self._say(f"starts from the weights of {path}")
-        return progress
-
-    def _save(self) -> None:
-        checkpoint.save(
-            self.engine, run_dir=self.run_dir, progress=self.progress, config_yaml=self.config_yaml, groups=self.groups
-        )
+            if changed := checkpoint.changed_options(found, self.config_yaml):
+                self._say(f"the configuration has changed since: {'; '.join(changed)}")
+            return progress
+        if init_from is not None:
+            path = checkpoint.resolve(init_from, groups=groups, say=self._say)
+            report = checkpoint.load_weights(self.engine, path, average=self.config.checkpoint.init_from_average)
+            self._say(f"starts from the weights of {path}: {report}")
+        return Progress()
 
     def _keep_config(self) -> None:
-        if self.groups.is_main:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            (self.run_dir / "config.yaml").write_text(self.config_yaml)
+        with self.groups.fail_together():
+            if self.groups.is_main:
+                self.run_dir.mkdir(parents=True, exist_ok=True)
+                (self.run_dir / checkpoint.CONFIG).write_text(self.config_yaml)
 
     def _say(self, line: str) -> None:
         if self.groups.is_main:

@@ -15,6 +15,7 @@ from mmar_megatron.config import Config
 from mmar_megatron.data.batch import Batch
 from mmar_megatron.data.sequence import Document, DocumentBuilder, DocumentImage, assemble
 from mmar_megatron.data.tokenizer import Tokenizer
+from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.model.mmar_model import MMARModel, build_model
 from mmar_megatron.parallel import ParallelGroups
@@ -50,6 +51,19 @@ def stir(model: torch.nn.Module, *, std: float = 0.1) -> None:
         parameter.add_(torch.randn(parameter.shape, generator=generator) * std)
 
 
+def engine_of(groups: ParallelGroups, *options: str) -> NativeEngine:
+    """An engine with a tiny model whose weights are stirred."""
+    config = config_of(*options)
+    model = model_of(config, groups=groups)
+    stir(model)
+    return NativeEngine(config, chunks=[model], groups=groups)
+
+
+def weights(engine: NativeEngine) -> dict[str, Tensor]:
+    """Copies of its parameters."""
+    return {name: parameter.detach().clone() for name, parameter in engine.chunks[0].module.named_parameters()}
+
+
 def image(*, seed: int, masked: Sequence[int] = ()) -> DocumentImage:
     """A random image with these tokens masked."""
     generator = np.random.default_rng(seed)
@@ -77,6 +91,11 @@ class Documents:
     def image_to_text(self, text: list[int], *, seed: int = 0) -> Document:
         """An image and the text that tells of it."""
         return self._builder.image_to_text(text, image=image(seed=seed), sample_id=seed)
+
+    def mixed_batch(self) -> Batch:
+        """An image of which six tokens are to be painted, and one of which four text tokens tell."""
+        painted = self.text_to_image([100, 101], masked=(1, 2, 5, 7, 8, 15), seed=1)
+        return self.batch([[painted], [self.image_to_text([100, 101, 102], seed=2)]], sequence_length=32)
 
     def batch(self, rows: Sequence[Sequence[Document]], *, sequence_length: int, images_per_row: int = 1) -> Batch:
         """These documents in these rows."""

@@ -16,28 +16,14 @@ from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.engine.optimizer import learning_rate
 from mmar_megatron.model.losses import LossSums
 from mmar_megatron.parallel import ParallelGroups
-from tests.unit.tiny import Documents, config_of, model_of, stir
+from tests.unit.tiny import Documents, config_of, engine_of, model_of, stir, weights
 
 FEATURES = ["--model.tie_embeddings=false", "--model.backbone.add_qkv_bias=true", "--model.backbone.qk_layernorm=true"]
 
 
 @pytest.fixture
 def batch(coarse_tokenizer: Tokenizer) -> Batch:
-    documents = Documents(coarse_tokenizer)
-    painted = documents.text_to_image([100, 101], masked=(1, 2, 5, 7, 8, 15), seed=1)
-    told = documents.image_to_text([100, 101, 102], seed=2)
-    return documents.batch([[painted], [told]], sequence_length=32)
-
-
-def build(groups: ParallelGroups, *options: str) -> NativeEngine:
-    config = config_of(*options)
-    model = model_of(config, groups=groups)
-    stir(model)
-    return NativeEngine(config, chunks=[model], groups=groups)
-
-
-def weights(engine: NativeEngine) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in engine.chunks[0].module.named_parameters()}
+    return Documents(coarse_tokenizer).mixed_batch()
 
 
 def moments(engine: NativeEngine) -> dict[str, list[Tensor]]:
@@ -87,7 +73,7 @@ def test_later_steps_than_planned_stay_at_the_end() -> None:
 
 def test_what_decays(groups: ParallelGroups, batch: Batch) -> None:
     """Where nothing is to be learned, AdamW only decays: weights shrink by learning rate x decay, or stay as they are."""
-    engine = build(groups, *FEATURES, "--optimizer.weight_decay=0.2")
+    engine = engine_of(groups, *FEATURES, "--optimizer.weight_decay=0.2")
     before = weights(engine)
     result = engine.train_step([batch.without_losses()], learning_rate=0.5)
     after = weights(engine)
@@ -114,7 +100,7 @@ def test_what_decays(groups: ParallelGroups, batch: Batch) -> None:
 
 def test_a_first_step_is_adamw(groups: ParallelGroups, batch: Batch) -> None:
     """p <- p - lr g / (|g| + eps), for the corrections of both moments cancel at the first step."""
-    engine = build(groups, "--optimizer.weight_decay=0", "--optimizer.clip_grad=0", "--optimizer.betas=[0.8, 0.9]")
+    engine = engine_of(groups, "--optimizer.weight_decay=0", "--optimizer.clip_grad=0", "--optimizer.betas=[0.8, 0.9]")
     name = "decoder.layers.1.mlp.linear_fc2.weight"
     parameter = dict(engine.chunks[0].module.named_parameters())[name]
     before = parameter.detach().clone()
@@ -126,14 +112,14 @@ def test_a_first_step_is_adamw(groups: ParallelGroups, batch: Batch) -> None:
 
 @pytest.mark.parametrize("share", [0.1, 0.9])
 def test_a_long_gradient_is_clipped(share: float, groups: ParallelGroups, batch: Batch) -> None:
-    free = build(groups, "--optimizer.clip_grad=0")
+    free = engine_of(groups, "--optimizer.clip_grad=0")
     whole = free.train_step([batch], learning_rate=1e-3).grad_norm
     assert whole is not None
     unclipped = moments(free)["exp_avg"]
     assert norm(unclipped) == pytest.approx(0.1 * whole, rel=1e-4)  # beta 0.9: a tenth of the gradient is new
 
     limit = share * whole
-    engine = build(groups, f"--optimizer.clip_grad={limit}")
+    engine = engine_of(groups, f"--optimizer.clip_grad={limit}")
     assert engine.train_step([batch], learning_rate=1e-3).grad_norm == pytest.approx(whole)  # as it was before
     assert norm(moments(engine)["exp_avg"]) == pytest.approx(0.1 * limit, rel=1e-4)
     for clipped, as_it_was in zip(moments(engine)["exp_avg"], unclipped, strict=True):
@@ -141,7 +127,7 @@ def test_a_long_gradient_is_clipped(share: float, groups: ParallelGroups, batch:
 
 
 def test_a_short_gradient_is_left_alone(groups: ParallelGroups, batch: Batch) -> None:
-    engines = [build(groups, f"--optimizer.clip_grad={limit}") for limit in (0, 1e6)]
+    engines = [engine_of(groups, f"--optimizer.clip_grad={limit}") for limit in (0, 1e6)]
     for engine in engines:
         engine.train_step([batch], learning_rate=1e-3)
     first, second = map(weights, engines)
@@ -151,7 +137,7 @@ def test_a_short_gradient_is_left_alone(groups: ParallelGroups, batch: Batch) ->
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_gradient_that_is_not_finite_leaves_no_trace(poison: float, dtype: str, groups: ParallelGroups, batch: Batch) -> None:
-    engine = build(groups, f"--precision.dtype={dtype}")
+    engine = engine_of(groups, f"--precision.dtype={dtype}")
     engine.train_step([batch], learning_rate=1e-3)
     before, state = weights(engine), moments(engine)
 
@@ -167,7 +153,7 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace(poison: float, dtype: str
         assert all(torch.equal(a, b) for a, b in zip(state_after[name], state[name], strict=True)), name
 
     assert not engine.train_step([batch], learning_rate=1e-3).skipped
-    untroubled = build(groups, f"--precision.dtype={dtype}")
+    untroubled = engine_of(groups, f"--precision.dtype={dtype}")
     for _ in range(2):
         untroubled.train_step([batch], learning_rate=1e-3)
     expected, found = weights(untroubled), weights(engine)
@@ -175,7 +161,7 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace(poison: float, dtype: str
 
 
 def test_all_that_can_learn_moves(groups: ParallelGroups, batch: Batch) -> None:
-    engine = build(groups, *FEATURES, "--optimizer.weight_decay=0")
+    engine = engine_of(groups, *FEATURES, "--optimizer.weight_decay=0")
     before = weights(engine)
     engine.train_step([batch], learning_rate=1e-2)
     after = weights(engine)
@@ -185,7 +171,7 @@ def test_all_that_can_learn_moves(groups: ParallelGroups, batch: Batch) -> None:
 def test_gradient_is_that_of_the_mean_losses(groups: ParallelGroups, batch: Batch) -> None:
     """Text and image loss each divided by the number of its own tokens in the step, weighted, and added."""
     options = ["--model.text_loss_weight=0.5", "--model.image_loss_weight=3"]
-    engine = build(groups, *options, "--optimizer.clip_grad=0")
+    engine = engine_of(groups, *options, "--optimizer.clip_grad=0")
     model = model_of(config_of(*options), groups=groups)
     stir(model)
     sums = model(batch)
@@ -211,7 +197,7 @@ def test_microbatches_are_one_batch(groups: ParallelGroups, batch: Batch, coarse
     ]
     whole = documents.batch(rows, sequence_length=32)
     parts = [documents.batch([row], sequence_length=32) for row in rows]
-    engines = [build(groups), build(groups)]
+    engines = [engine_of(groups), engine_of(groups)]
     results = [engine.train_step(batches, learning_rate=1e-2) for engine, batches in zip(engines, ([whole], parts), strict=True)]
     assert results[0].counts.to_tensor().tolist() == results[1].counts.to_tensor().tolist() == [6, 16, 0]
     torch.testing.assert_close(results[0].sums.flatten(), results[1].sums.flatten(), rtol=1e-5, atol=1e-6)

@@ -1,0 +1,248 @@
+"""Saving in the foreground and background, what happens when it fails, and which old checkpoints are deleted."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmar_megatron.config import CheckpointConfig
+from mmar_megatron.data.tokenizer import Tokenizer
+from mmar_megatron.engine.native import NativeEngine
+from mmar_megatron.parallel import ParallelGroups
+from mmar_megatron.training import checkpoint, manifest
+from mmar_megatron.training.checkpoint import Progress
+from mmar_megatron.training.saving import CheckpointWriter, SaveError, delete_old
+from tests.unit.tiny import Documents, engine_of, weights
+
+
+class Run:
+    """A run that does nothing but save."""
+
+    def __init__(self, run_dir: Path, *, engine: NativeEngine, groups: ParallelGroups, **options: object) -> None:
+        self.run_dir, self.engine, self.said = run_dir, engine, list[str]()
+        config = replace(CheckpointConfig(), **options)  # type: ignore[arg-type]
+        self.writer = CheckpointWriter(config, run_dir=run_dir, config_yaml="{}", groups=groups, say=self.said.append)
+
+    def save(self, step: int) -> None:
+        self.writer.save(self.engine, progress=Progress(step=step))
+
+    def saved(self) -> list[int]:
+        return [checkpoint.step_of(path) for path in checkpoint.under_final_names(self.run_dir)]
+
+    def everything(self) -> list[str]:
+        return sorted(path.name for path in (self.run_dir / "checkpoints").iterdir())
+
+
+@pytest.fixture(scope="module")
+def engine(groups: ParallelGroups) -> NativeEngine:
+    return engine_of(groups, "--optimizer.ema_decay=0.9")
+
+
+@contextmanager
+def files_no_longer_than(size: int) -> Iterator[None]:
+    """The kernel refuses to write more, with EFBIG: as near to a full disk as any process may come."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextmanager
+def small_disk(at: Path, *, size: str) -> Iterator[None]:
+    """A file system of this size."""
+    at.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(at)], capture_output=True, check=False
+    ).returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(at)], check=True)
+
+
+# --- in the background ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_background_save_holds_the_state_of_its_moment(
+    tmp_path: Path, groups: ParallelGroups, coarse_tokenizer: Tokenizer
+) -> None:
+    engine = engine_of(groups)
+    run = Run(tmp_path, engine=engine, groups=groups, async_save=True)
+    before = weights(engine)
+    run.save(1)
+    engine.train_step([Documents(coarse_tokenizer).mixed_batch()], learning_rate=0.1)
+    run.writer.close()
+
+    (path,) = checkpoint.under_final_names(tmp_path)
+    assert manifest.problems(path) == []
+    loaded = engine_of(groups)
+    checkpoint.load_weights(loaded, path)
+    after = weights(loaded)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not torch.equal(weights(engine)["post_projector.0.weight"], before["post_projector.0.weight"])
+
+
+def test_nothing_is_seen_under_its_name_before_it_is_polled(tmp_path: Path, engine: NativeEngine, groups: ParallelGroups) -> None:
+    run = Run(tmp_path, engine=engine, groups=groups, async_save=True)
+    run.save(1)
+    assert run.saved() == []
+    deadline = time.monotonic() + 60
+    while not run.saved() and time.monotonic() < deadline:
+        time.sleep(0.01)
+        run.writer.poll()
+    assert run.everything() == ["step_00000001"]
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_saves_in_flight_are_bounded(most: int, tmp_path: Path, engine: NativeEngine, groups: ParallelGroups) -> None:
+    run = Run(tmp_path, engine=engine, groups=groups, async_save=True, max_in_flight=most)
+    for step in range(1, 5):
+        run.save(step)
+        partial = [name for name in run.everything() if name.endswith(".partial")]
+        assert len(partial) == min(step, most)
+        assert run.saved() == list(range(1, step - len(partial) + 1))
+    run.writer.close()
+    assert run.everything() == [f"step_{step:08d}" for step in range(1, 5)]
+
+
+# --- failures -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_failed_save_is_said_and_leaves_the_one_before(
+    async_save: bool, tmp_path: Path, engine: NativeEngine, groups: ParallelGroups
+) -> None:
+    run = Run(tmp_path, engine=engine, groups=groups, async_save=async_save)
+    run.save(1)
+    while not run.saved():
+        run.writer.poll()
+    with files_no_longer_than(100_000):
+        run.save(2)
+        run.save(3)  # by now 2 is known to have failed
+    assert "the checkpoint of step 2 could not be saved: [Errno 27] File too large (rank 0); training goes on" in run.said[0]
+    if async_save:
+        with pytest.raises(SaveError, match="the checkpoint of step 3 could not be saved"):
+            run.writer.close()
+    assert run.everything() == ["step_00000001"]
+    assert manifest.problems(checkpoint.directory(tmp_path, step=1)) == []
+
+
+def test_the_run_may_be_told_to_stop(tmp_path: Path, engine: NativeEngine, groups: ParallelGroups) -> None:
+    run = Run(tmp_path, engine=engine, groups=groups, on_failure="stop")
+    with files_no_longer_than(100_000), pytest.raises(SaveError, match="step 1 could not be saved"):
+        run.save(1)
+
+
+def test_a_later_save_that_works_makes_up_for_it(tmp_path: Path, engine: NativeEngine, groups: ParallelGroups) -> None:
+    run = Run(tmp_path, engine=engine, groups=groups)
+    with files_no_longer_than(100_000):
+        run.save(1)
+    run.save(2)
+    run.writer.close()
+    assert run.saved() == [2]
+
+
+def test_a_background_writer_that_dies_is_reported(tmp_path: Path, engine: NativeEngine, groups: ParallelGroups) -> None:
+    run = Run(tmp_path, engine=engine, groups=groups, async_save=True)
+    run.save(1)
+    process = run.writer._under_way[0]._process
+    os.kill(process.pid, signal.SIGKILL)
+    with pytest.raises(SaveError, match=r"the writing process ended with exit status -9 \(rank 0\)"):
+        run.writer.close()
+    assert run.everything() == []
+
+
+def test_signals_that_stop_training_do_not_stop_a_save(tmp_path: Path, engine: NativeEngine, groups: ParallelGroups) -> None:
+    run = Run(tmp_path, engine=engine, groups=groups, async_save=True)
+    run.save(1)
+    time.sleep(0.2)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        os.kill(run.writer._under_way[0]._process.pid, number)
+    run.writer.close()
+    assert run.saved() == [1]
+
+
+@pytest.mark.parametrize("size", ["1m", "2m"])
+def test_a_full_disk(size: str, tmp_path: Path, engine: NativeEngine, groups: ParallelGroups) -> None:
+    """Seen before anything is written (1 MB) or while writing (2 MB). Either way room is made again."""
+    disk = tmp_path / "disk"
+    with small_disk(disk, size=size):
+        run = Run(disk, engine=engine, groups=groups)
+        run.save(1)
+        expected = "GB left" if size == "1m" else "No space left on device"
+        assert expected in run.said[0]
+        assert run.everything() == []
+
+
+def test_a_read_only_disk(tmp_path: Path, engine: NativeEngine, groups: ParallelGroups) -> None:
+    disk = tmp_path / "disk"
+    with small_disk(disk, size="20m"):
+        run = Run(disk, engine=engine, groups=groups)
+        run.save(1)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        run.save(2)
+        assert "the checkpoint of step 2 could not be saved: [Errno 30] Read-only file system" in run.said[0]
+        assert checkpoint.newest_good(disk, groups=groups, set_aside=True) == checkpoint.directory(disk, step=1)
+        (wrong,) = run.said
+        assert "the checkpoints before are untouched" in wrong
+
+
+# --- old ones -------------------------------------------------------------------------------------------------------------------
+
+
+def test_old_ones_are_deleted_but_for_the_last_and_every_so_manieth(
+    tmp_path: Path, engine: NativeEngine, groups: ParallelGroups
+) -> None:
+    run = Run(tmp_path, engine=engine, groups=groups, keep_last=2, keep_every=4)
+    for step in range(1, 8):
+        run.save(step)
+        run.writer._deleter.submit(lambda: None).result()  # what was handed in before is done by then
+    run.writer.close()
+    assert run.everything() == ["step_00000004", "step_00000006", "step_00000007"]
+
+
+def test_nothing_is_deleted_for_the_sake_of_a_damaged_one(tmp_path: Path, engine: NativeEngine, groups: ParallelGroups) -> None:
+    run = Run(tmp_path, engine=engine, groups=groups)
+    for step in (1, 2, 3):
+        run.save(step)
+    newest = checkpoint.directory(tmp_path, step=3)
+    (newest / "__0_1.distcp").unlink()
+    with pytest.raises(ValueError, match=r"step_00000003 is not as it was written \(__0_1\.distcp is missing\)"):
+        delete_old(tmp_path, newest=newest, keep_last=1, keep_every=0)
+    assert run.saved() == [1, 2, 3]
+
+
+def test_later_steps_of_an_earlier_course_are_not_counted(tmp_path: Path, engine: NativeEngine, groups: ParallelGroups) -> None:
+    run = Run(tmp_path, engine=engine, groups=groups)
+    for step in (1, 2, 8, 9):
+        run.save(step)
+    delete_old(tmp_path, newest=checkpoint.directory(tmp_path, step=2), keep_last=1, keep_every=0)
+    assert run.saved() == [2, 8, 9]
+
+
+def test_what_a_killed_run_left_unfinished_is_cleared_away(tmp_path: Path, engine: NativeEngine, groups: ParallelGroups) -> None:
+    for name in (".step_00000004.0123abcd.partial", ".step_00000001.deleted"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    run = Run(tmp_path, engine=engine, groups=groups)
+    assert run.everything() == []
+
+
+def test_a_step_may_be_saved_again(tmp_path: Path, engine: NativeEngine, groups: ParallelGroups) -> None:
+    run = Run(tmp_path, engine=engine, groups=groups)
+    for _ in range(2):
+        run.save(1)
+    assert run.everything() == ["step_00000001"]
+    assert manifest.problems(checkpoint.directory(tmp_path, step=1)) == []
