@@ -1,7 +1,7 @@
 """One life of a run: its ranks are started, watched, and ended.
 
 Ranks are forked from a process that has imported everything, for importing takes longer than all else they do. Otherwise they are
-as any launcher starts them: each has its session, its environment, and a file for its output. What they start in turn is found as
+as any launcher starts them: each has its process group, its environment, and a file for its output. What they start in turn is found as
 a scheduler would find it, also where a parent is dead: the forking process adopts orphans.
 """
 
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
@@ -101,6 +102,8 @@ class Life:
         ]
         for process in self._ranks:
             process.start()
+            with suppress(PermissionError):  # it has done so itself by now
+                os.setpgid(_pid(process), 0)
 
     @property
     def resumed_from(self) -> tuple[Path, int] | None:
@@ -164,14 +167,10 @@ class Life:
         return _after(seen.resumed or _first(seen.steps, 0), event.delay * pace.resumed_s)
 
     def _do(self, event: Event) -> None:
-        if event.action == "kill" and event.rank is None:
-            end_descendants()  # as when the machine goes: helpers too, and no rank sees another die
-            return
         number = signal.SIGKILL if event.action == "kill" else signal.Signals[event.action]
         for rank in self._ranks if event.rank is None else [self._ranks[event.rank]]:
-            assert rank.pid is not None
             with suppress(ProcessLookupError):  # ended by itself just now, which its status will tell
-                os.kill(rank.pid, number)
+                (os.killpg if event.rank is None else os.kill)(_pid(rank), number)
 
     def _await_end(self) -> list[int]:
         """See the ranks end; kill those that do not, and tell which."""
@@ -255,8 +254,14 @@ def _reap_adopted() -> None:
             pass
 
 
+def _pid(process: BaseProcess) -> int:
+    """Of a started process; a rank also leads the process group of that number, to which its helpers belong."""
+    assert process.pid is not None
+    return process.pid
+
+
 def _be_rank(main: Main, options: list[str], environment: dict[str, str], log: Path) -> None:
-    os.setsid()
+    os.setpgid(0, 0)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)

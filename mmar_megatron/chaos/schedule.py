@@ -36,7 +36,7 @@ class Event:
     step: int
     """The phase's first occurrence at this step or a later one; during start-up it means nothing."""
     rank: int | None
-    """None: all ranks at once."""
+    """None: all ranks at once, with all that they started, as a scheduler does it."""
     delay: float
     """From the moment the phase is seen, as a share of how long it usually takes, in [0, 1)."""
 
@@ -75,7 +75,7 @@ def draw_schedule(
         raise ValueError(f"{steps} steps leave no room for events between saves: give at least {2 * save_every + 1}.")
     rng = Random(seed)
     what: list[tuple[Action, Phase]] = [*(("kill", phase) for phase in _in_turn(KILLS, kills)), *_in_turn(SIGNALS, signals)]
-    alone = list(_in_turn((True, False), len(what)))
+    alone = list(_in_turn((True, False, False), len(what)))  # fewer of one rank, for the others take seconds to give it up
     rng.shuffle(what)
     rng.shuffle(alone)
     events: list[Event | None] = [
