@@ -1,8 +1,8 @@
 """One life of a run: its ranks are started, watched, and ended.
 
 Ranks are forked from a process that has imported everything, for importing takes longer than all else they do. Otherwise they are
-as any launcher starts them: each has its process group, its environment, and a file for its output. What they start in turn is found as
-a scheduler would find it, also where a parent is dead: the forking process adopts orphans.
+as any launcher starts them: each has its process group, its environment, and a file for its output. What they start in turn is
+found as a scheduler would find it, also where a parent is dead: the forking process adopts orphans.
 """
 
 from __future__ import annotations

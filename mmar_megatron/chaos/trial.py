@@ -76,7 +76,7 @@ class Trial:
         self._pace = Pace()
         self._waiting: list[Kind] = []
         self._damaged: list[Damaged] = []
-        self._inodes: set[int] = set()
+        self._put_aside: set[int] = set()
         self.tally = Tally()
 
     def run(self, schedule: list[LifePlan]) -> Tally:
@@ -137,7 +137,6 @@ class Trial:
         step = int(whole[-1].name.removeprefix("step_"))
         path = damage(whole[-1], kind, rng=self._rng, next_step=step + self._save_every)
         self._damaged.append(Damaged(path=path, kind=kind, inode=path.stat().st_ino))
-        self._inodes.add(path.stat().st_ino)
         self.tally.damages[kind] += 1
         return f"{kind} in {path.name}; "
 
@@ -184,6 +183,7 @@ class Trial:
             # One that is killed during its start-up may have put the checkpoint aside without living to say so.
             if moved and (reported or not past_startup):
                 self.tally.fallbacks[damaged.kind] += 1
+                self._put_aside.add(damaged.inode)
                 self._damaged.remove(damaged)
             elif past_startup:
                 problems.append(f"{damaged.path.name} ({damaged.kind}) was {'not put aside' if reported else 'not reported'}")
@@ -200,10 +200,10 @@ class Trial:
         problems = [
             f"{path.name} is not whole" for path in checkpoints(self._run_dir) if path not in known and not is_whole(path)
         ]
-        there = {path.stat().st_ino for path in (self._run_dir / "checkpoints").glob("*")}
-        if lost := len(self._inodes - there):
+        there = {path.stat().st_ino for path in (self._run_dir / "checkpoints").glob("step_*.damaged*")}
+        if lost := len(self._put_aside - there):
             problems.append(f"{lost} damaged checkpoints were deleted")
-            self._inodes &= there
+            self._put_aside &= there
         return problems
 
     def _compare(self) -> None:

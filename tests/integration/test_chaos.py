@@ -1,4 +1,7 @@
-"""A short trial by chaos: a run that is killed, told to stop and given damaged checkpoints is the undisturbed one."""
+"""A short trial by chaos: a run that is killed, told to stop and given damaged checkpoints is the undisturbed one.
+
+And a trial sees what is wrong with runs that are not.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,39 @@ import pytest
 from mmar_megatron.chaos.damage import KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
+SEEN = {
+    # what the toy does wrong: what the trial must say of it
+    "nothing": "[]",
+    "forgets": "step 11 has total",
+    "skips a row": "step 14 is missing",
+    "is silent": "(flipped bit) was not reported",
+    "deletes": "1 damaged checkpoints were deleted",
+    "writes in place": "step_00000010 is not whole",
+    "is deaf": "SIGTERM ended the ranks with [-15] instead of 0",
+    "leaves a helper": "1 processes outlived the ranks that had started them",
+    "outlives": "rank 0 did not end by itself",
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the trials of all toys say; they mostly sleep, so they run at once."""
+    environment, root = os.environ | {"PYTHONPATH": str(ROOT)}, tmp_path_factory.mktemp("toys")
+    trials = {
+        sin: subprocess.Popen(
+            [sys.executable, str(ROOT / "tests/integration/toy_chaos.py"), str(root / sin), sin],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for sin in SEEN
+    }
+    return {sin: trial.communicate(timeout=120)[0] for sin, trial in trials.items()}
+
+
+@pytest.mark.parametrize("sin", SEEN)
+def test_what_is_wrong_is_seen(sin: str, found: dict[str, str]) -> None:
+    assert SEEN[sin] in found[sin]
 
 
 @pytest.mark.distributed
