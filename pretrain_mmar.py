@@ -9,6 +9,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from mmar_megatron import parallel, platform
 from mmar_megatron.config import CommandLine, Config, parse_command_line
@@ -19,38 +21,57 @@ from mmar_megatron.data.shards import BadDataError
 from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.model.mmar_model import build_model
-from mmar_megatron.scaling.plan import labels_per_caption, plan
+from mmar_megatron.parallel import ParallelGroups
+from mmar_megatron.scaling.expected import labels_per_caption
+from mmar_megatron.scaling.plan import plan
+from mmar_megatron.scaling.split import split_pipeline
+from mmar_megatron.training.guard import TooManyBadSteps
 from mmar_megatron.training.saving import SaveError
 from mmar_megatron.training.trainer import Trainer
+from mmar_megatron.training.watchdog import RanksLost, Watchdog
+
+
+class UserError(Exception):
+    """Options, data or paths that a user can mend."""
 
 
 def main(argv: list[str]) -> None:
     """From the command line to the last step."""
     try:
-        command = parse_command_line(argv)
-        if command.dry_run:
-            print_plan(command.config)
-            return
-        validate_world(command.config, world_size=platform.world_size())
-        trainer = build(command)
-    except (ValueError, OSError) as error:  # what a user can mend: options, data, paths
-        sys.exit(f"error: {error}")
-    try:
-        trainer.fit()
-    except (BadDataError, SaveError) as error:
+        with user_errors():
+            command = parse_command_line(argv)
+            if command.dry_run:
+                print_plan(command.config)
+                return
+            validate_world(command.config, world_size=platform.world_size())
+            groups = parallel.initialize(command.config.parallel)
+        with Watchdog(hang_timeout_s=command.config.train.hang_timeout_s, groups=groups) as watchdog:
+            with user_errors():
+                trainer = build(command, groups=groups, watchdog=watchdog)
+            trainer.fit()
+    except (UserError, BadDataError, SaveError, TooManyBadSteps, RanksLost, OSError) as error:
         sys.exit(f"error: {error}")
     parallel.leave()
 
 
-def build(command: CommandLine) -> Trainer:
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """What goes wrong while a run is prepared is a user's to mend; later it would be ours."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+
+
+def build(command: CommandLine, *, groups: ParallelGroups, watchdog: Watchdog) -> Trainer:
     """Build everything, in the order in which each part needs the one before."""
     config = command.config
-    groups = parallel.initialize(config.parallel)
     platform.seed_everything(config.seed, tensor_rank=groups.tensor.rank())
 
     with groups.main_process_first():
         ensure_data(config.data)
     source = DataSource(config.data)
+    config = split_pipeline(config, source)
     model = build_model(
         config.model,
         geometry=ImageGeometry.of(source.codec),
@@ -59,7 +80,7 @@ def build(command: CommandLine) -> Trainer:
         seed=config.seed,
     )
     engine = NativeEngine(config, chunks=model, groups=groups)
-    return Trainer(command, engine=engine, groups=groups)
+    return Trainer(command, engine=engine, groups=groups, watchdog=watchdog)
 
 
 def print_plan(config: Config) -> None:
@@ -67,7 +88,7 @@ def print_plan(config: Config) -> None:
     ensure_data(config.data)
     source = DataSource(config.data)
     planned = plan(
-        config,
+        split_pipeline(config, source),
         geometry=ImageGeometry.of(source.codec),
         vocab_size=source.tokenizer.vocab_size,
         labels_per_caption=labels_per_caption(source),

@@ -160,6 +160,9 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
     """Model chunks on each pipeline stage (interleaved 1F1B); needs `overlap_p2p_comm`."""
+    pipeline_split: Literal["even", "auto"] | list[int] = "even"
+    """Layers on each stage, first stage first. Where stages have several chunks: on the first chunk of each stage, then on the
+    second of each, and so on. `auto`: such that the operations of the stages differ least."""
     sequence_parallel: bool = False
     """Shard the activations between the tensor-parallel linears along the sequence."""
     context_parallel_size: int = 1
@@ -202,7 +205,7 @@ class OptimizerConfig:
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """Length and batch sizes of the run."""
+    """Length and batch sizes of the run, and when a step or the whole run is given up."""
 
     steps: int = 1000
     micro_batch_size: int = 8
@@ -210,6 +213,14 @@ class TrainConfig:
     global_batch_size: int = 8
     """Sequences in one optimizer step."""
     log_every: int = 10
+    max_bad_steps: int = 10
+    """Stop after as many skipped steps in a row, with a diagnosis; 0: never."""
+    spike_zscore: float = 0.0
+    """Skip steps whose loss lies this many robust standard deviations above the recent median; 0: none."""
+    spike_window: int = 128
+    """Good steps that are recent."""
+    hang_timeout_s: float = 1800.0
+    """Seconds without progress after which a rank is taken to hang and ends the run; 0: it may wait for ever."""
 
 
 @dataclass(kw_only=True)

@@ -16,6 +16,7 @@ AT_LEAST_ONE = (
     *("model.diffusion.num_timesteps", "data.codec.image_size", "data.codec.patch_size", "data.sequence_length"),
     *("parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size", "parallel.context_parallel_size"),
     *("train.steps", "train.micro_batch_size", "train.global_batch_size", "train.log_every"),
+    "train.spike_window",
     *("validation.samples", "validation.timesteps", "preview.images", "preview.rounds", "preview.sampling_steps"),
     "checkpoint.max_in_flight",
 )
@@ -23,6 +24,7 @@ NOT_NEGATIVE = (
     *("seed", "data.num_workers", "validation.every", "preview.every", "checkpoint.every", "model.alignment_loss_weight"),
     *("checkpoint.keep_last", "checkpoint.keep_every"),
     *("data.tasks.text_to_image", "data.tasks.image_to_text", "data.tasks.image_only"),
+    *("train.max_bad_steps", "train.spike_zscore", "train.hang_timeout_s"),
     *("optimizer.lr", "optimizer.min_lr", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_grad"),
 )
 SHARES = ("data.mask_ratio.minimum", "data.caption_dropout", "data.max_bad_fraction", "optimizer.ema_decay")
@@ -34,6 +36,11 @@ NOT_OURS = {
     "multi_latent_attention": (False, "attention is grouped-query attention"),
 }
 """Fields of megatron-core's that would be ignored, and what holds in their place."""
+OTHER_SPLITS = (
+    *("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage", "pipeline_model_parallel_layout"),
+    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+)
+"""Fields of megatron-core's that say what `parallel.pipeline_split` says too."""
 
 
 def validate(cfg: Namespace) -> None:
@@ -45,6 +52,7 @@ def validate(cfg: Namespace) -> None:
     _check_ranges(cfg)
     _check_model(cfg)
     _check_layout(cfg)
+    _check_pipeline(cfg)
     _check_data(cfg)
     _divides(cfg, "train.global_batch_size", "train.micro_batch_size")
     _require(
@@ -112,7 +120,7 @@ def _check_model(cfg: Namespace) -> None:
 
 def _check_layout(cfg: Namespace) -> None:
     parallel, backbone = cfg.parallel, cfg.model.backbone
-    tensor, chunks = "parallel.tensor_model_parallel_size", parallel.virtual_pipeline_model_parallel_size
+    tensor = "parallel.tensor_model_parallel_size"
     _divides(cfg, "model.backbone.num_attention_heads", tensor)
     if backbone.num_query_groups is not None:
         _divides(cfg, "model.backbone.num_query_groups", tensor)
@@ -122,8 +130,18 @@ def _check_layout(cfg: Namespace) -> None:
         _divides(cfg, "data.sequence_length", tensor)
     _require(
         parallel.context_parallel_size == 1,
-        "Context parallelism does not know the mixed attention mask: set parallel.context_parallel_size to 1.",
+        "Context parallelism does not know the mixed attention mask: set parallel.context_parallel_size to 1, and for long "
+        "sequences use parallel.sequence_parallel with tensor parallelism, and recomputation.",
     )
+    _require(
+        not parallel.overlap_param_gather or parallel.overlap_grad_reduce,
+        "parallel.overlap_param_gather needs parallel.overlap_grad_reduce: switch that on too.",
+    )
+
+
+def _check_pipeline(cfg: Namespace) -> None:
+    parallel, backbone = cfg.parallel, cfg.model.backbone
+    chunks, split = parallel.virtual_pipeline_model_parallel_size, parallel.pipeline_split
     if chunks is not None:
         _require(
             parallel.pipeline_model_parallel_size > 1 and chunks > 1,
@@ -132,17 +150,29 @@ def _check_layout(cfg: Namespace) -> None:
         )
         # megatron-core 0.16.1 does not check this, and its results are silently wrong.
         _require(parallel.overlap_p2p_comm, "The interleaved schedule needs parallel.overlap_p2p_comm: switch it on.")
-    uneven = any(backbone[f"num_layers_in_{end}_pipeline_stage"] for end in ("first", "last"))
-    pieces = parallel.pipeline_model_parallel_size * (chunks or 1)
+    pieces, layers = parallel.pipeline_model_parallel_size * (chunks or 1), backbone.num_layers
+    others = [name for name in OTHER_SPLITS if backbone[name]]
+    if split == "even":
+        _require(
+            others or layers % pieces == 0,
+            f"model.backbone.num_layers {layers} is not divisible by the {pieces} pieces of the pipeline: "
+            "change one of them, or set parallel.pipeline_split to auto.",
+        )
+        return
     _require(
-        uneven or backbone.pipeline_model_parallel_layout or backbone.num_layers % pieces == 0,
-        f"model.backbone.num_layers {backbone.num_layers} is not divisible by the {pieces} pieces of the pipeline: "
-        "change one of them, or give model.backbone.num_layers_in_first_pipeline_stage.",
+        not others,
+        f"parallel.pipeline_split and model.backbone.{''.join(others[:1])} both divide the layers: leave out one of them.",
     )
     _require(
-        not parallel.overlap_param_gather or parallel.overlap_grad_reduce,
-        "parallel.overlap_param_gather needs parallel.overlap_grad_reduce: switch that on too.",
+        pieces <= layers,
+        f"The {pieces} pieces of the pipeline are more than model.backbone.num_layers {layers}: use fewer stages or chunks.",
     )
+    if split != "auto":
+        _require(
+            len(split) == pieces and min(split) >= 0 and sum(split) == layers,
+            f"parallel.pipeline_split {split} must be {pieces} numbers (one for each piece of the pipeline), none negative, that "
+            f"add up to model.backbone.num_layers {layers}: change it.",
+        )
 
 
 def _check_data(cfg: Namespace) -> None:

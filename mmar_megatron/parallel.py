@@ -30,6 +30,8 @@ class ParallelGroups:
     data: ProcessGroup
     model: ProcessGroup
     """Tensor x pipeline: the processes that hold one replica of the model."""
+    control: ProcessGroup
+    """All processes, through the host: small agreements that keep no device waiting."""
     megatron: ProcessGroupCollection
     """The same and more, in the form megatron-core's constructors take."""
     virtual_pipeline_size: int | None
@@ -60,7 +62,7 @@ class ParallelGroups:
         except (OSError, ValueError) as error:
             mine = error
         errors: list[Exception | None] = [None] * self.world_size
-        torch.distributed.all_gather_object(errors, mine)
+        torch.distributed.all_gather_object(errors, mine, group=self.control)
         if first := next((error for error in errors if error is not None), None):
             raise first
 
@@ -120,9 +122,16 @@ def _build_groups(config: ParallelConfig, *, create_gloo_process_groups: bool) -
         pipeline=megatron.pp,
         data=megatron.dp,
         model=megatron.mp,
+        control=_host_group(),
         megatron=megatron,
         virtual_pipeline_size=config.virtual_pipeline_model_parallel_size,
     )
+
+
+def _host_group() -> ProcessGroup:
+    everyone = torch.distributed.group.WORLD
+    assert everyone is not None
+    return torch.distributed.new_group(backend="gloo") if torch.distributed.get_backend() == "nccl" else everyone
 
 
 def destroy() -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import os
 import random
+import signal
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +19,11 @@ import numpy as np
 import torch
 from torch.utils._device import _device_constructors
 
+import mmar_megatron
+
 HAS_CUDA = torch.cuda.is_available()
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Which ask a run to stop. Terminals, torchrun and schedulers send them to all processes of a run, its helpers included."""
 
 
 def device() -> torch.device:
@@ -36,9 +42,34 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def mark() -> Any:
+    """A point in the device's work. Costs nothing: the device is not waited for."""
+    if not HAS_CUDA:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start: Any, end: Any) -> float:
+    """Between two marks, of which the device must have passed the second."""
+    return start.elapsed_time(end) / 1000 if HAS_CUDA else end - start
+
+
 def peak_memory_bytes() -> int | None:
     """Largest device memory in use so far; None on CPU."""
     return torch.cuda.max_memory_allocated() if HAS_CUDA else None
+
+
+def versions() -> dict[str, str]:
+    """Of this package and of what it computes with."""
+    import megatron.core
+
+    return {
+        "mmar_megatron": mmar_megatron.__version__,
+        "megatron_core": megatron.core.__version__,
+        "torch": torch.__version__,
+    }
 
 
 def launched() -> bool:

@@ -28,7 +28,7 @@ from mmar_megatron.inference.text import caption
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.model.mmar_model import build_model
 from mmar_megatron.parallel import ParallelGroups
-from mmar_megatron.training import checkpoint
+from mmar_megatron.training import checkpoint, manifest
 from mmar_megatron.training.metrics import read_metrics
 
 SHEET_IMAGES = 16
@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=32, help="masked auto-regressive rounds (default 32)")
     parser.add_argument("--steps", type=int, default=25, help="diffusion steps of the head in each round (default 25)")
     parser.add_argument("--guidance_scale", type=float, default=2.0, help="classifier-free guidance (default 2; 1: none)")
+    parser.add_argument("--average", action="store_true", help="score the moving average of the weights in their place")
     parser.add_argument("--seed", type=int, default=0, help="of order and noise (default 0)")
     options = parser.parse_args(argv)
     try:
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
         if not validated:
             raise ValueError(f"{options.run_dir}/metrics.jsonl has no validated step: train with --validation.every above 0.")
         config = _one_process(path / "config.yaml")
-        engine, source, groups = _load(config, path)
+        engine, source, groups = _load(config, path, average=options.average)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> int:
             specs = [sample.metadata["spec"] for sample in samples]
             scores |= shape_scores(painted_BHW3, specs=specs, captions=captions, read=read)
 
-    step = json.loads((path / checkpoint.MANIFEST).read_text())["step"]
+    step = manifest.read(path)["step"]
     write_sheet(
         options.run_dir / "samples.png",
         captions=captions[:SHEET_IMAGES],
@@ -93,13 +94,16 @@ def _one_process(config_yaml: Path) -> Config:
     layout = [
         *("--parallel.tensor_model_parallel_size", "1", "--parallel.pipeline_model_parallel_size", "1"),
         *("--parallel.virtual_pipeline_model_parallel_size", "null", "--parallel.sequence_parallel", "false"),
+        *("--parallel.pipeline_split", "even", "--model.backbone.pipeline_model_parallel_layout", "null"),
         *("--model.backbone.num_layers_in_first_pipeline_stage", "null"),
         *("--model.backbone.num_layers_in_last_pipeline_stage", "null"),
+        *("--model.backbone.account_for_embedding_in_pipeline_split", "false"),
+        *("--model.backbone.account_for_loss_in_pipeline_split", "false"),
     ]
     return parse_command_line(["--config", str(config_yaml), *layout]).config
 
 
-def _load(config: Config, path: Path) -> tuple[NativeEngine, DataSource, ParallelGroups]:
+def _load(config: Config, path: Path, *, average: bool) -> tuple[NativeEngine, DataSource, ParallelGroups]:
     groups = parallel.initialize(config.parallel)
     platform.seed_everything(config.seed, tensor_rank=0)
     source = DataSource(config.data)
@@ -108,7 +112,7 @@ def _load(config: Config, path: Path) -> tuple[NativeEngine, DataSource, Paralle
         config.model, geometry=ImageGeometry.of(source.codec), vocab_size=vocab_size, groups=groups, seed=config.seed
     )
     engine = NativeEngine(config, chunks=model, groups=groups)
-    checkpoint.load_weights(engine, path)
+    checkpoint.load_weights(engine, path, average=average)
     return engine, source, groups
 
 

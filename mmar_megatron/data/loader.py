@@ -8,14 +8,17 @@ ranks and of workers. Axes: N tokens of an image, C channels, R noise levels, B 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+import signal
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict
 from itertools import count
+from threading import Thread
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import Generator
 from torch.utils.data import DataLoader, Dataset
 
 from mmar_megatron.data.batch import Batch
@@ -24,6 +27,7 @@ from mmar_megatron.data.draw import Permutation, Use, draw_mask, draw_mask_ratio
 from mmar_megatron.data.sequence import Document, DocumentBuilder, DocumentImage, assemble
 from mmar_megatron.data.shards import BadDataError, Index, Sample, ShardReader, Split
 from mmar_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from mmar_megatron.platform import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from mmar_megatron.config import DataConfig
@@ -227,7 +231,8 @@ class TrainLoader:
             self.source, reader=self._reader, seed=seed, timestep_multiplier=timestep_multiplier, starts=starts
         )
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
+        """Ends, and its workers with it, when it is closed."""
         # The generator keeps DataLoader from drawing a seed out of torch's global one, which belongs to the model.
         loader = DataLoader(
             self._microbatches,
@@ -235,7 +240,8 @@ class TrainLoader:
             sampler=count(),  # endless
             num_workers=self.source.config.num_workers,
             pin_memory=self._pin_memory,
-            generator=Generator(),
+            generator=torch.Generator(),
+            worker_init_fn=_outlive_stop_signals,
         )
         try:
             for batch, counts in loader:
@@ -256,6 +262,18 @@ class TrainLoader:
                 f"{self.source.config.path}: {self.counts.skipped} images could not be decoded while reading {self.counts.read} "
                 f"samples, which is more than data.max_bad_fraction = {limit}: prepare the data set anew or raise the limit"
             )
+
+
+def _outlive_stop_signals(worker: int) -> None:
+    """Let a worker end when the trainer says so: stop signals reach all processes of a run, and the last step needs its data."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class ValidationLoader:

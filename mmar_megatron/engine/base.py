@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -40,24 +41,52 @@ class Counts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepResult:
+class LossResult:
     """Sums over the whole step or validation, alike on all ranks."""
 
     sums: LossSums
     counts: Counts
-    grad_norm: float | None = None
-    """Before clipping; None where nothing was learned."""
-    skipped: bool = False
-    """The gradient was not finite, so no weight was touched."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult(LossResult):
+    """Of a step that was to be learned from; alike on all ranks but for `work_s`."""
+
+    loss: float
+    """The weighted sum that is minimised."""
+    grad_norm: float
+    """Before clipping."""
+    skipped: str | None
+    """Why no weight was touched; None where all was well."""
+    work_s: float
+    """Seconds of this rank's forward and backward passes, up to where gradients are reduced over the data-parallel ranks. The
+    ranks of one replica wait for each other within, so theirs are about alike."""
+
+
+Judge = Callable[[float, float], str | None]
+"""Of a step's loss and gradient norm, which are the same on all ranks: why the step must not be taken, or None."""
+
+
+def finite(loss: float, grad_norm: float) -> str | None:
+    """The least that is asked of a step: one that is not finite would end in the weights, and stay there."""
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return None
+    return f"the loss is {loss:.4g}, the gradient norm {grad_norm:.4g}"
 
 
 class Engine(Protocol):
     """One way to run the model and its optimizer over the processes."""
 
-    def train_step(self, microbatches: Sequence[Batch], *, learning_rate: float) -> StepResult:
-        """Forward, backward, reduce, clip, update, with this rank's microbatches of one global batch."""
+    def train_step(self, microbatches: Sequence[Batch], *, learning_rate: float, judge: Judge = finite) -> StepResult:
+        """Forward, backward, reduce, clip, update, with this rank's microbatches of one global batch.
 
-    def evaluate(self, microbatches: Sequence[Batch]) -> StepResult:
+        A step for which `judge` has a reason leaves weights and optimizer as they were, on all ranks.
+        """
+
+    def parameters_and_gradients(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Of this rank: name, weights, and what the last step left in the gradient buffer, for reports."""
+
+    def evaluate(self, microbatches: Sequence[Batch]) -> LossResult:
         """Loss sums without learning."""
 
     def hidden_states(self, batch: Batch) -> Tensor | None:

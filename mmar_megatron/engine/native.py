@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,7 +18,7 @@ from mmar_megatron import platform
 from mmar_megatron.config import Config
 from mmar_megatron.data.batch import Batch
 from mmar_megatron.engine.average import WeightAverage, under_average_names
-from mmar_megatron.engine.base import Counts, StepResult
+from mmar_megatron.engine.base import Counts, Judge, LossResult, StepResult, finite
 from mmar_megatron.engine.optimizer import build_optimizer, set_learning_rate
 from mmar_megatron.model.losses import LossSums
 from mmar_megatron.model.mmar_model import MMARModel
@@ -81,8 +80,8 @@ class NativeEngine:
 
     # --- learning ---------------------------------------------------------------------------------------------------------------
 
-    def train_step(self, microbatches: Sequence[Batch], *, learning_rate: float) -> StepResult:
-        """One optimizer step on this rank's microbatches of one global batch."""
+    def train_step(self, microbatches: Sequence[Batch], *, learning_rate: float, judge: Judge = finite) -> StepResult:
+        """One optimizer step on this rank's microbatches of one global batch, unless `judge` has a reason against it."""
         batches = [batch.to(platform.device()) for batch in microbatches]
         # The denominators depend on the data alone, so they are known before the forward pass: each microbatch's loss is divided
         # by the count over all microbatches and ranks, and plain sums of gradients are then those of the global mean.
@@ -90,19 +89,28 @@ class NativeEngine:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums = self._run(batches, counts=counts)
+        # Ranks have waited for each other to count; from here on, until they reduce gradients, each works for itself.
+        work = platform.mark()
+        sums = self._reduce(self._run(batches, counts=counts))
         set_learning_rate(self.optimizer, learning_rate)
-        grad_norm, stepped = self._clip_and_step()
-        return StepResult(sums=self._reduce(sums), counts=counts, grad_norm=grad_norm, skipped=not stepped)
+        self.optimizer.prepare_grads()
+        # The host waits for the device here, once in a step: whatever was enqueued before is then known as well.
+        grad_norm = float(self.optimizer.get_grad_norm())
+        loss = float(self._weighted(sums, counts))
+        skipped = judge(loss, grad_norm)
+        if skipped is None:
+            self._clip_and_step(grad_norm)
+        work_s = platform.seconds_between(work, self._reduction)
+        return StepResult(sums=sums, counts=counts, loss=loss, grad_norm=grad_norm, skipped=skipped, work_s=work_s)
 
-    def evaluate(self, microbatches: Sequence[Batch]) -> StepResult:
+    def evaluate(self, microbatches: Sequence[Batch]) -> LossResult:
         """Loss sums without learning; call within `evaluating`."""
         batches = [batch.to(platform.device()) for batch in microbatches]
         counts = self._global_counts(batches)
         # The interleaved schedule takes multiples of the number of stages.
         missing = -len(batches) % self.groups.pipeline.size() if self.groups.virtual_pipeline_size else 0
         batches += [batches[-1].without_losses()] * missing
-        return StepResult(sums=self._reduce(self._run(batches, counts=counts, forward_only=True)), counts=counts)
+        return LossResult(sums=self._reduce(self._run(batches, counts=counts, forward_only=True)), counts=counts)
 
     def _run(self, batches: list[Batch], *, counts: Counts, forward_only: bool = False) -> list[Tensor]:
         """Forward (and backward) over all microbatches: on the last stage, the flattened loss sums of each."""
@@ -126,13 +134,17 @@ class NativeEngine:
 
     def _loss(self, sums: LossSums, *, counts: Counts) -> tuple[Tensor, Tensor, Tensor]:
         """In megatron-core's form: loss, number of tokens (ours are divided by already), what to report."""
+        loss = self._weighted(sums, counts)
+        return loss, torch.ones((), dtype=torch.int, device=loss.device), sums.flatten()
+
+    def _weighted(self, sums: LossSums, counts: Counts) -> Tensor:
+        """What is minimised: the mean of each loss over its own tokens, weighted."""
         settings = self.settings
-        loss = (
+        return (
             settings.text_loss_weight * sums.text / counts.text.clamp(min=1)
             + settings.image_loss_weight * sums.image / counts.image.clamp(min=1)
             + settings.alignment_loss_weight * sums.alignment / counts.alignment.clamp(min=1)
         )
-        return loss, torch.ones((), dtype=torch.int, device=loss.device), sums.flatten()
 
     def _global_counts(self, batches: list[Batch]) -> Counts:
         stacked = Counts.of(batches).to_tensor()
@@ -140,7 +152,11 @@ class NativeEngine:
         return Counts.from_tensor(stacked)
 
     def _reduce(self, flattened: list[Tensor]) -> LossSums:
-        """Over microbatches, tensor- and data-parallel ranks; then from the last stage to all."""
+        """Over microbatches, tensor- and data-parallel ranks; then from one rank of each replica to all others of it.
+
+        The last bit counts, for ranks that judge a step differently part for ever. The sums are the same to the bit within one
+        data-parallel group, but other groups may add in another order.
+        """
         if self.last_stage is not None:
             total = torch.stack(flattened).sum(dim=0)
             total[0] /= self.groups.tensor.size()  # the text loss is whole on each tensor-parallel rank, all else is a share
@@ -148,8 +164,8 @@ class NativeEngine:
             torch.distributed.all_reduce(total, group=self.groups.data)
         else:
             total = torch.zeros(LossSums.size(), device=platform.device())
-        if self.groups.pipeline.size() > 1:
-            torch.distributed.broadcast(total, group=self.groups.pipeline, group_src=self.groups.pipeline.size() - 1)
+        if self.groups.model.size() > 1:
+            torch.distributed.broadcast(total, group=self.groups.model, group_src=self.groups.model.size() - 1)
         return LossSums.unflatten(total)
 
     def _finalize_gradients(self, model: list[torch.nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
@@ -157,6 +173,7 @@ class NativeEngine:
 
         The sum is of gradients of modules that see different rows there; megatron-core does it under sequence parallelism alone.
         """
+        self._reduction = platform.mark()
         finalize_model_grads(model, None, **options)
         if self.groups.tensor.size() == 1:
             return
@@ -169,12 +186,7 @@ class NativeEngine:
                 gradient.copy_(summed)
 
     @torch.no_grad()
-    def _clip_and_step(self) -> tuple[float, bool]:
-        """The gradient norm, and whether a step was taken. The norm is alike on all ranks, so all take it or none."""
-        self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
-        if not math.isfinite(grad_norm):
-            return grad_norm, False
+    def _clip_and_step(self, grad_norm: float) -> None:
         if self.clip_grad > 0:
             for part in self.optimizer.chained_optimizers:
                 if parameters := part.get_parameters():
@@ -182,7 +194,15 @@ class NativeEngine:
         self.optimizer.step_with_ready_grads()
         if self.average is not None:
             self.average.update()
-        return grad_norm, True
+
+    def parameters_and_gradients(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Of this rank: name, weights, and what the last step left in the gradient buffer.
+
+        The buffer is reduced where this rank's share of the optimizer needs it; the rest is still this rank's own contribution.
+        """
+        for number, chunk in enumerate(self.chunks):
+            for name, parameter in chunk.module.named_parameters():
+                yield f"model{number}.{name}", parameter.detach(), parameter.main_grad
 
     # --- not learning -----------------------------------------------------------------------------------------------------------
 

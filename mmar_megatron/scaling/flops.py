@@ -135,11 +135,17 @@ class StepFlops:
     backbone: Flops
     """The transformer layers, linears and attention."""
     embedding_vit: Flops
-    projectors: Flops
+    vis_projector: Flops
+    post_projector: Flops
     logits: Flops
     head: Flops
     recompute: int
     """Done again in backward under full recomputation: one more forward of the backbone."""
+
+    @property
+    def projectors(self) -> Flops:
+        """Into the backbone, and out of it."""
+        return self.vis_projector + self.post_projector
 
     @property
     def model(self) -> int:
@@ -156,12 +162,11 @@ def step_flops(shape: ModelShape, counts: StepCounts, *, full_recompute: bool = 
     """The operations of one optimizer step over all devices, but for the optional alignment loss (one linear on clean images)."""
     backbone = backbone_layer(shape, counts) * shape.num_layers
     hidden, condition = shape.hidden_size, shape.condition_width
-    vis_projector = linears(shape.vit_hidden_size, hidden, hidden, rows=counts.images * shape.tokens_per_image)
-    post_projector = linears(hidden, condition, condition, rows=counts.masked)
     return StepFlops(
         backbone=backbone,
         embedding_vit=embedding_vit(shape, counts.images),
-        projectors=vis_projector + post_projector,
+        vis_projector=linears(shape.vit_hidden_size, hidden, hidden, rows=counts.images * shape.tokens_per_image),
+        post_projector=linears(hidden, condition, condition, rows=counts.masked),
         logits=linears(hidden, shape.vocab_size, rows=counts.labels),
         head=diffusion_head(shape, counts.masked),
         recompute=backbone.forward if full_recompute else 0,

@@ -15,20 +15,21 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from statistics import NormalDist, fmean
+from statistics import fmean
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
 
 from mmar_megatron import parallel
-from mmar_megatron.config import Config, MaskRatioConfig, TransformerConfig
+from mmar_megatron.config import Config, TransformerConfig
 from mmar_megatron.config_checks import validate_world
-from mmar_megatron.data.loader import DataSource
 from mmar_megatron.model.image_geometry import ImageGeometry
-from mmar_megatron.model.mmar_model import MMARModel, build_model, padded_vocab_size
+from mmar_megatron.model.mmar_model import MMARModel, build_model
 from mmar_megatron.parallel import ParallelGroups
-from mmar_megatron.scaling.flops import ModelShape, StepCounts, StepFlops, step_flops
+from mmar_megatron.scaling.expected import expected_counts, expected_flops
+from mmar_megatron.scaling.flops import StepCounts, StepFlops
+from mmar_megatron.scaling.split import PipelineCosts, max_repeated_layers
 
 _BYTES = {"fp32": (4, 4, 8), "bf16": (2, 4, 12)}
 """Bytes for each parameter: weight, gradient (summed in fp32), optimizer (two moments, and beside bf16 the fp32 weight)."""
@@ -79,6 +80,8 @@ class Stage:
     """Numbers of the layers, from 1, in each of its model chunks."""
     parameters: int
     memory: Memory
+    flops: int
+    """Expected operations of one step: forward, backward and recomputation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,13 +104,19 @@ class Plan:
     steps: int
 
     @property
+    def imbalance(self) -> float:
+        """Operations of the stage that has most of them, over the mean: the others wait for it."""
+        flops = [stage.flops for stage in self.stages]
+        return max(flops) / fmean(flops)
+
+    @property
     def tokens(self) -> int:
         """Positions in one step, padding included, as `consumed_tokens` counts them."""
         return self.counts.sequences * self.counts.sequence_length
 
     def table(self) -> str:
         """All of it, to be read by a person."""
-        blocks = (self._layout(), self._parameters(), self._memory(), self._step(), self._flops(), self._run())
+        blocks = (self._layout(), self._parameters(), self._stages(), self._step(), self._flops(), self._run())
         return "\n\n".join("\n".join(block) for block in blocks)
 
     def _layout(self) -> list[str]:
@@ -119,13 +128,17 @@ class Plan:
         rows += [(f"  {part}", f"{number:,}", f"{number / total:.1%}") for part, number in self.parameters.items()]
         return _columns(rows)
 
-    def _memory(self) -> list[str]:
-        rows: list[tuple[str, ...]] = [("on each rank", "layers", "parameters", "weights", "gradients", "optimizer", "together")]
+    def _stages(self) -> list[str]:
+        heading = ("on each rank", "layers", "parameters", "weights", "gradients", "optimizer", "together", "FLOPs of a step", "")
+        rows: list[tuple[str, ...]] = [heading]
+        all_flops = sum(stage.flops for stage in self.stages)
         for number, stage in enumerate(self.stages):
             memory = stage.memory
             sizes = (memory.weights, memory.gradients, memory.optimizer, memory.total)
-            rows.append((f"  stage {number}", _ranges(stage.layers), f"{stage.parameters:,}", *map(_size, sizes)))
-        return [*_columns(rows), "  activations and communication buffers come on top"]
+            flops = (f"{stage.flops:.3e}", f"{stage.flops / all_flops:.1%}")
+            rows.append((f"  stage {number}", _ranges(stage.layers), f"{stage.parameters:,}", *map(_size, sizes), *flops))
+        lines = [*_columns(rows), "  activations and communication buffers come on top"]
+        return lines + ([f"  the largest stage computes {self.imbalance:.3f} x the mean"] if len(self.stages) > 1 else [])
 
     def _step(self) -> list[str]:
         counts = self.counts
@@ -161,7 +174,7 @@ def plan(
     """Plan a run, in one process and without a launcher. No process group may exist yet; none is left.
 
     Args:
-        config: the whole configuration, validated.
+        config: the whole configuration, validated, and through `split_pipeline`.
         geometry: grid and channels of the image codec.
         vocab_size: of the tokenizer.
         labels_per_caption: text tokens to be learned in each image-to-text sample; `labels_per_caption` measures it.
@@ -171,36 +184,38 @@ def plan(
         ValueError: the number of processes does not fit the layout and the batch.
     """
     layout, train = config.parallel, config.train
+    assert layout.pipeline_split == "even" or config.model.backbone.pipeline_model_parallel_layout is not None
     replica = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size
     world_size = world_size or replica
     validate_world(config, world_size=world_size)
     data_parallel_size = world_size // replica
 
+    tokens_per_image = geometry.grid_height * geometry.grid_width
+    counts = expected_counts(config, tokens_per_image=tokens_per_image, labels_per_caption=labels_per_caption)
+    flops = expected_flops(config, counts, geometry=geometry, vocab_size=vocab_size)
+    costs = PipelineCosts.of(config, flops)
+
     stages: list[Stage] = []
     whole_sizes: dict[str, int] = {}
-    for number in range(layout.pipeline_model_parallel_size):
+    for number in range(costs.stages):
         with stage_on_meta(config, number, geometry=geometry, vocab_size=vocab_size, world_size=world_size) as (groups, chunks):
             in_words = groups.describe()
             parameters = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+            layers = tuple(tuple(layer.layer_number for layer in chunk.decoder.layers) for chunk in chunks)
+            of_pieces = (
+                costs.of_piece(number + chunk * costs.stages, layers=len(of_chunk)) for chunk, of_chunk in enumerate(layers)
+            )
             stages.append(
                 Stage(
-                    layers=tuple(tuple(layer.layer_number for layer in chunk.decoder.layers) for chunk in chunks),
+                    layers=layers,
                     parameters=parameters,
                     memory=Memory.of(parameters, dtype=config.precision.dtype, data_parallel_size=data_parallel_size),
+                    flops=sum(of_pieces) // (world_size // costs.stages),
                 )
             )
             for chunk in chunks:
                 whole_sizes |= _whole_sizes(chunk)
 
-    tokens_per_image = geometry.grid_height * geometry.grid_width
-    shape = ModelShape.of(
-        config.model,
-        vocab_size=padded_vocab_size(config.model, vocab_size),
-        tokens_per_image=tokens_per_image,
-        token_channels=geometry.channels,
-        condition_width=config.model.head.width,
-    )
-    counts = expected_counts(config, tokens_per_image=tokens_per_image, labels_per_caption=labels_per_caption)
     return Plan(
         layout=in_words,
         world_size=world_size,
@@ -208,7 +223,7 @@ def plan(
         parameters=_by_part(whole_sizes),
         stages=tuple(stages),
         counts=counts,
-        flops=_with_recomputation(step_flops(shape, counts), backbone=config.model.backbone, stages=stages),
+        flops=_with_recomputation(flops, backbone=config.model.backbone, stages=stages),
         microbatches=train.global_batch_size // (train.micro_batch_size * data_parallel_size),
         steps=train.steps,
     )
@@ -266,68 +281,15 @@ def _by_part(sizes: dict[str, int]) -> dict[str, int]:
 
 
 def _with_recomputation(flops: StepFlops, *, backbone: TransformerConfig, stages: Sequence[Stage]) -> StepFlops:
-    """With the forward passes that full recomputation repeats: of all layers, or (`block`) of the first of each chunk."""
-    if backbone.recompute_granularity != "full":
-        return flops
+    """With the forward passes that full recomputation repeats."""
     layers = [len(chunk) for stage in stages for chunk in stage.layers]
-    repeated = layers if backbone.recompute_method == "uniform" else [min(n, backbone.recompute_num_layers) for n in layers]
+    repeated = [min(n, max_repeated_layers(backbone)) for n in layers]
     return replace(flops, recompute=flops.backbone.forward * sum(repeated) // sum(layers))
-
-
-def expected_counts(config: Config, *, tokens_per_image: int, labels_per_caption: float) -> StepCounts:
-    """Rows that each part sees in an average step, from the configured shares of tasks and mask ratios.
-
-    Args:
-        tokens_per_image: N.
-        labels_per_caption: text tokens to be learned in each image-to-text sample.
-    """
-    tasks, samples = config.data.tasks, config.train.global_batch_size
-    captioned = tasks.image_to_text / (tasks.text_to_image + tasks.image_to_text + tasks.image_only)
-    return StepCounts(
-        sequences=samples,
-        sequence_length=config.data.sequence_length,
-        images=samples,
-        labels=round(samples * captioned * labels_per_caption),
-        masked=round(samples * (1 - captioned) * expected_masked(config.data.mask_ratio, tokens_per_image=tokens_per_image)),
-    )
-
-
-def expected_masked(config: MaskRatioConfig, *, tokens_per_image: int) -> float:
-    """Mean number of masked tokens of an image that is painted, exactly.
-
-    max(1, ceil(r N)) exceeds k in 1 .. N - 1 just where r > k / N, so its mean is 1 + the sum over k of P(r > k / N).
-    """
-    shares = [k / tokens_per_image for k in range(1, tokens_per_image)]
-    return 1 + sum(1.0 if share < config.minimum else _share_above(share, config) for share in shares)
-
-
-def _share_above(ratio: float, config: MaskRatioConfig) -> float:
-    """P(r > ratio) for a ratio in [minimum, 1)."""
-    if config.distribution == "uniform":
-        return (1 - ratio) / (1 - config.minimum)
-    normal = NormalDist(config.mean, config.std)
-    return (normal.cdf(1.0) - normal.cdf(ratio)) / (normal.cdf(1.0) - normal.cdf(config.minimum))
-
-
-def labels_per_caption(source: DataSource) -> float:
-    """Mean number of text tokens to be learned in an image-to-text sample of the training split, from the index alone.
-
-    As the loader draws: each sample, each configured language it has, and each caption in that are equally likely. A caption
-    that fits is learned with its <eos>; a longer one is cut, and has none.
-    """
-    longest = source.builder.max_text
-    means = []
-    for shard in source.index.shards:
-        if shard.split == "train":
-            for lengths in shard.caption_tokens:
-                of_languages = [lengths[language] for language in source.config.languages if language in lengths]
-                means.append(fmean(fmean(n + 1 if n <= longest else longest for n in captions) for captions in of_languages))
-    return fmean(means)
 
 
 def _ranges(chunks: Sequence[Sequence[int]]) -> str:
     """((1, 2, 3), (9, 10, 11)) -> 1-3, 9-11."""
-    return ", ".join("-".join(map(str, sorted({chunk[0], chunk[-1]}))) for chunk in chunks if chunk)
+    return ", ".join("-".join(map(str, sorted({chunk[0], chunk[-1]}))) for chunk in chunks if chunk) or "none"
 
 
 def _size(number: int) -> str:

@@ -42,6 +42,10 @@ class Progress:
     step: int = 0
     consumed_samples: int = 0
     skipped_steps: int = 0
+    bad_steps_in_a_row: int = 0
+    """Of the skipped steps, those up to here without a good one between."""
+    recent_losses: tuple[float, ...] = ()
+    """Of the last `train.spike_window` good steps, oldest first."""
 
 
 # --- which there are ------------------------------------------------------------------------------------------------------------
@@ -116,14 +120,14 @@ def problems(path: Path, *, groups: ParallelGroups | None = None) -> list[str]:
         return manifest.problems(path)
     found: list[list[str]] = [[] for _ in range(groups.world_size)]
     mine = manifest.problems(path, rank=torch.distributed.get_rank(), ranks=groups.world_size)
-    torch.distributed.all_gather_object(found, mine)
+    torch.distributed.all_gather_object(found, mine, group=groups.control)
     return list(dict.fromkeys(problem for part in found for problem in part))
 
 
 def _as_seen_by_one(paths: list[Path], *, groups: ParallelGroups | None) -> list[Path]:
     """What rank 0 lists: on network storage another rank may still see what was there a moment ago."""
     if groups is not None:
-        torch.distributed.broadcast_object_list(seen := [paths])
+        torch.distributed.broadcast_object_list(seen := [paths], group=groups.control)
         (paths,) = seen
     return paths
 

@@ -27,12 +27,16 @@ Metrics = Mapping[str, float | None]
 
 
 def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
-    """The logged steps of a run, in order; an empty list where none was logged.
+    """The logged steps of a run, as `read_rows` reads them."""
+    return read_rows(Path(run_dir) / METRICS_FILE)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """A file of one JSON object for each of some steps, in order; an empty list where there is no such file.
 
     A last line that was cut off (the machine died while writing it) is left out. Raises ValueError, naming the line, where any
     other line is not a JSON object with a step.
     """
-    path = Path(run_dir) / METRICS_FILE
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -69,7 +73,7 @@ class MetricsWriter:
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         self._last_step = -1 if resume_step is None else resume_step
-        keep_until(run_dir, self._last_step)
+        keep_until(run_dir / METRICS_FILE, self._last_step)
         self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=self._last_step + 1)
 
@@ -79,8 +83,7 @@ class MetricsWriter:
             return
         assert step > self._last_step, f"step {step} is logged after step {self._last_step}"
         self._last_step = step
-        finite = {name: value if value is not None and math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+        self._file.write(json.dumps({"step": step, **finite_or_none(metrics)}, allow_nan=False) + "\n")
         self._file.flush()
         self.scalars(metrics, step=step)
 
@@ -106,12 +109,16 @@ class MetricsWriter:
             self._file.close()
 
 
-def keep_until(run_dir: Path, last_step: int) -> None:
-    """Drops from `metrics.jsonl` what was logged after `last_step`, and a torn last line; if interrupted, nothing."""
-    path = run_dir / METRICS_FILE
+def finite_or_none(values: Metrics) -> dict[str, float | None]:
+    """As JSON can say it."""
+    return {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
+
+
+def keep_until(path: Path, last_step: int) -> None:
+    """Drops from a file of rows what was logged after `last_step`, and a torn last line; if interrupted, nothing."""
     if not path.exists():
         return
-    kept = [row for row in read_metrics(run_dir) if row["step"] <= last_step]
+    kept = [row for row in read_rows(path) if row["step"] <= last_step]
     partial = path.with_suffix(".jsonl.partial")
     with partial.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in kept)

@@ -17,7 +17,6 @@ import multiprocessing
 import queue
 import secrets
 import shutil
-import signal
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +26,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import megatron.core
 import torch
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
@@ -36,7 +34,6 @@ from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAM
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-import mmar_megatron
 from mmar_megatron import platform
 from mmar_megatron.config import CheckpointConfig
 from mmar_megatron.engine.base import Engine
@@ -44,6 +41,7 @@ from mmar_megatron.parallel import ParallelGroups
 from mmar_megatron.training import checkpoint, manifest
 from mmar_megatron.training.checkpoint import CONFIG, Progress
 from mmar_megatron.training.manifest import FileRecord
+from mmar_megatron.training.signals import sheltered
 
 BACKEND, BACKEND_VERSION = "torch_dist", 1
 
@@ -101,14 +99,18 @@ class CheckpointWriter:
         if self._deletion is not None and self._deletion.done():
             self._report_deletion()
 
+    def flush(self) -> None:
+        """Wait for all that is under way. Raises as `save` does."""
+        while self._under_way:
+            self._publish(self._under_way.popleft())
+
     def close(self) -> None:
-        """Wait for all that is under way.
+        """End: wait for all that is under way, deletions too.
 
         Raises:
             SaveError: the last checkpoint could not be saved, so what was learned since the one before would be lost.
         """
-        while self._under_way:
-            self._publish(self._under_way.popleft())
+        self.flush()
         self._deleter.shutdown(wait=True)
         if self._deletion is not None:
             self._report_deletion()
@@ -130,11 +132,7 @@ class CheckpointWriter:
             "layout": self._groups.layout(),
             "average": engine.has_average,
             "config_sha256": manifest.digest_of_text(self._config_yaml),
-            "versions": {
-                "mmar_megatron": mmar_megatron.__version__,
-                "megatron_core": megatron.core.__version__,
-                "torch": torch.__version__,
-            },
+            "versions": platform.versions(),
         }
         small = {COMMON_STATE_FNAME: common, CONFIG: self._config_yaml} if self._publishes else {}
         return _Save(progress=progress, partial=partial, writer=writer, index=index, small=small, facts=facts)
@@ -142,7 +140,7 @@ class CheckpointWriter:
     def _make_partial(self, progress: Progress) -> Path:
         # A name of its own: a writer that has outlived a killed run may still be busy with an earlier one for this step.
         name = [f".step_{progress.step:08d}.{secrets.token_hex(4)}.partial"]
-        torch.distributed.broadcast_object_list(name)
+        torch.distributed.broadcast_object_list(name, group=self._groups.control)
         partial = Path(self._run_dir, "checkpoints", name[0])
         with self._groups.fail_together():
             if self._publishes:
@@ -152,7 +150,7 @@ class CheckpointWriter:
     def _check_space(self, partial: Path, writer: FileSystemWriterAsync) -> None:
         mine = sum(tensor.nbytes for _, _, (_, tensors) in writer.write_buckets for _, tensor in tensors)
         needed: list[int] = [0] * self._groups.world_size
-        torch.distributed.all_gather_object(needed, mine)
+        torch.distributed.all_gather_object(needed, mine, group=self._groups.control)
         try:
             with self._groups.fail_together():
                 if self._publishes and (free := shutil.disk_usage(partial).free) < sum(needed):
@@ -162,13 +160,13 @@ class CheckpointWriter:
             raise
 
     def _is_written(self, save: _Save) -> bool:
-        written = torch.tensor(int(save.is_written()), device=platform.device())
-        torch.distributed.all_reduce(written, op=torch.distributed.ReduceOp.MIN)
+        written = torch.tensor(int(save.is_written()))
+        torch.distributed.all_reduce(written, op=torch.distributed.ReduceOp.MIN, group=self._groups.control)
         return bool(written)
 
     def _publish(self, save: _Save) -> None:
         outcomes: list[_Written | str] | None = [""] * self._groups.world_size if self._publishes else None
-        torch.distributed.gather_object(save.outcome(), outcomes)
+        torch.distributed.gather_object(save.outcome(), outcomes, group=self._groups.control)
         final = checkpoint.directory(self._run_dir, step=save.progress.step)
         try:
             with self._groups.fail_together():
@@ -268,7 +266,8 @@ class _Save:
         self._receiver, sender = multiprocessing.Pipe(duplex=False)
         # Forked, so that it has the state as it is at this moment, without a copy where pages stay as they are.
         self._process = multiprocessing.get_context("fork").Process(target=self._in_background, args=(sender,))
-        self._process.start()
+        with sheltered():
+            self._process.start()
         sender.close()
 
     def is_written(self) -> bool:
@@ -310,8 +309,6 @@ class _Save:
 
     def _in_background(self, sender: Connection) -> None:
         gc.disable()  # collecting what the training process holds would free GPU memory from here
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)  # they ask the training process to stop, which waits for this one
         sender.send(self._attempt())
         sender.close()
 

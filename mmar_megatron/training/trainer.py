@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -22,10 +25,15 @@ from mmar_megatron.parallel import ParallelGroups
 from mmar_megatron.scaling.flops import ModelShape, StepCounts, peak_flops, step_flops
 from mmar_megatron.training import checkpoint
 from mmar_megatron.training.checkpoint import Progress
+from mmar_megatron.training.guard import TooManyBadSteps, judge
+from mmar_megatron.training.incidents import Incidents
 from mmar_megatron.training.metrics import MetricsWriter, ProgressLine, Throughput
 from mmar_megatron.training.previews import Previews, write_png
+from mmar_megatron.training.rank_times import RankTimes
 from mmar_megatron.training.saving import CheckpointWriter
+from mmar_megatron.training.signals import StopRequest
 from mmar_megatron.training.validation import Validation
+from mmar_megatron.training.watchdog import Watchdog
 
 
 class Trainer:
@@ -35,11 +43,12 @@ class Trainer:
         command: configuration, and the text of it that is kept with the run.
         engine: holds model and optimizer.
         groups: process groups.
+        watchdog: is told of each thing that may take long.
     """
 
-    def __init__(self, command: CommandLine, *, engine: Engine, groups: ParallelGroups) -> None:
+    def __init__(self, command: CommandLine, *, engine: Engine, groups: ParallelGroups, watchdog: Watchdog) -> None:
         config = command.config
-        self.config, self.engine, self.groups = config, engine, groups
+        self.config, self.engine, self.groups, self.watchdog = config, engine, groups, watchdog
         self.config_yaml = command.yaml
         self.run_dir = Path(config.run_dir)
         self.progress = self._restore()
@@ -48,6 +57,8 @@ class Trainer:
         )
         self._counted = self.progress.step
         self._bad_images = 0
+        self.incidents = Incidents(self.run_dir, resume_step=self.progress.step, groups=groups)
+        self.rank_times = RankTimes(groups)
         self.loader = TrainLoader(
             config.data,
             seed=config.seed,
@@ -77,7 +88,12 @@ class Trainer:
     # --- the loop ---------------------------------------------------------------------------------------------------------------
 
     def fit(self) -> None:
-        """Train until `train.steps`; at the end validate, preview and save."""
+        """Train until `train.steps`, or until a signal asks to stop; at the end validate, preview and save.
+
+        Raises:
+            BadDataError: too many images could not be decoded.
+            TooManyBadSteps: `train.max_bad_steps` in a row were skipped.
+        """
         config, total = self.config, self.config.train.steps
         writer = MetricsWriter(self.run_dir, resume_step=self.progress.step or None, enabled=self.groups.is_main)
         line = ProgressLine(first_step=self.progress.step, total_steps=total)
@@ -86,73 +102,113 @@ class Trainer:
             peak_flops=peak_flops(platform.device_name(), dtype=config.precision.dtype),
         )
         counts_in_window = torch.zeros(3, device=platform.device())
-        batches = iter(self.loader)
-        while self.progress.step < total:
-            rate = learning_rate(self.progress.step, config=config.optimizer, total_steps=total)
-            result = self.engine.train_step(self._next(batches), learning_rate=rate)
-            counts_in_window += result.counts.to_tensor()
-            self._advance(result)
-            step = self.progress.step
+        stop = None
+        with StopRequest(self.groups) as request, closing(iter(self.loader)) as batches:
+            while self.progress.step < total and stop is None:
+                rate = learning_rate(self.progress.step, config=config.optimizer, total_steps=total)
+                result = self._step(batches, learning_rate=rate)
+                counts_in_window += result.counts.to_tensor()
+                step = self.progress.step
 
-            validate, preview, save = map(self._due, (config.validation.every, config.preview.every, config.checkpoint.every))
-            if validate or step % config.train.log_every == 0 or step == total:
-                metrics = self._metrics(result, learning_rate=rate)
-                self._count(throughput, counts_in_window)
-                metrics |= throughput.report()
+                stop = request.agreed()
+                if stop is not None:
+                    with throughput.paused():
+                        self._save()  # before all else, for who sent the signal may not wait long
+                        self.checkpoints.flush()
+                validate, preview, save = map(self._due, (config.validation.every, config.preview.every, config.checkpoint.every))
+                if validate or step % config.train.log_every == 0 or step == total:
+                    metrics = self._metrics(result, learning_rate=rate)
+                    self._count(throughput, counts_in_window)
+                    metrics |= throughput.report() | self.rank_times.report()
+                    with throughput.paused():
+                        metrics |= self._validate() if validate else {}
+                        writer.write(metrics, step=step)
+                        writer.scalars(_bucket_scalars(result.sums), step=step)
+                    self._say(line.line(metrics, step=step))
+                    self._report_bad_images()
                 with throughput.paused():
-                    metrics |= self.validation.run(self.engine) if validate and self.validation else {}
-                    writer.write(metrics, step=step)
-                    writer.scalars(_bucket_scalars(result.sums), step=step)
-                self._say(line.line(metrics, step=step))
-                self._report_bad_images()
-            with throughput.paused():
-                if preview:
-                    self._preview(writer)
-                self.checkpoints.poll()
-                if save:
-                    self.checkpoints.save(self.engine, progress=self.progress)
-        self.checkpoints.close()
+                    if preview:
+                        self._preview(writer)
+                    self.checkpoints.poll()
+                    if save and stop is None:
+                        self._save()
+            self.watchdog.beat("waiting for checkpoints to be written")
+            self.checkpoints.close()
         writer.close()
-        self._say(f"{self.run_dir} stands at step {self.progress.step}, the last of train.steps {total}")
+        if stop is not None and self.progress.step < total:
+            self._say(f"{stop.name}: {self.run_dir} stands at step {self.progress.step}; the same command goes on from there")
+        else:
+            self._say(f"{self.run_dir} stands at step {self.progress.step}, the last of train.steps {total}")
+
+    def _step(self, batches: Iterator[Batch], *, learning_rate: float) -> StepResult:
+        """One step, and what is to be said if it was skipped."""
+        step = self.progress.step + 1
+        self.watchdog.beat(f"loading the data of step {step}")
+        start = time.perf_counter()
+        microbatches = list(islice(batches, self.microbatches))
+        loading_s = time.perf_counter() - start
+        self.watchdog.beat(f"step {step}")
+        verdict = partial(judge, recent_losses=self.progress.recent_losses, config=self.config.train)
+        result = self.engine.train_step(microbatches, learning_rate=learning_rate, judge=verdict)
+        self.rank_times.count(loading_s + result.work_s)
+        self._advance(result)
+        if result.skipped is not None:
+            figures = self._figures(result, learning_rate=learning_rate)
+            self._say(self.incidents.report(result.skipped, figures, microbatches=microbatches, step=step))
+            self._give_up_if_hopeless(microbatches)
+        return result
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.progress.step % every == 0 or self.progress.step == self.config.train.steps)
 
-    def _next(self, batches: Iterator[Batch]) -> list[Batch]:
-        return list(islice(batches, self.microbatches))
-
     def _advance(self, result: StepResult) -> None:
+        before, bad = self.progress, result.skipped is not None
+        losses = before.recent_losses if bad else (*before.recent_losses, result.loss)
         self.progress = replace(
-            self.progress,
-            step=self.progress.step + 1,
-            consumed_samples=self.progress.consumed_samples + self.config.train.global_batch_size,
-            skipped_steps=self.progress.skipped_steps + result.skipped,
+            before,
+            step=before.step + 1,
+            consumed_samples=before.consumed_samples + self.config.train.global_batch_size,
+            skipped_steps=before.skipped_steps + bad,
+            bad_steps_in_a_row=before.bad_steps_in_a_row + 1 if bad else 0,
+            recent_losses=losses[-self.config.train.spike_window :],
         )
-        if result.skipped:
-            self._say(f"step {self.progress.step}: the gradient norm is {result.grad_norm}; the step is skipped")
+
+    def _give_up_if_hopeless(self, microbatches: list[Batch]) -> None:
+        bad_steps = self.progress.bad_steps_in_a_row
+        if not 0 < self.config.train.max_bad_steps <= bad_steps:
+            return
+        path = self.incidents.diagnose(self.engine, microbatches=microbatches, progress=self.progress)
+        raise TooManyBadSteps(
+            f"{bad_steps} steps in a row were skipped: {path} has samples, gradients and batches; "
+            "mend the data, lower optimizer.lr, or raise train.max_bad_steps."
+        )
 
     # --- reports ----------------------------------------------------------------------------------------------------------------
 
     def _metrics(self, result: StepResult, *, learning_rate: float) -> dict[str, float | None]:
         """Of this one step, so that a resumed run prints what an uninterrupted one does."""
-        model, sums, counts = self.config.model, result.sums, result.counts
-        text, image = float(sums.text / counts.text.clamp(min=1)), float(sums.image / counts.image.clamp(min=1))
-        loss = model.text_loss_weight * text + model.image_loss_weight * image
-        alignment: dict[str, float | None] = {}
-        if model.alignment_loss_weight > 0:
-            alignment["loss_alignment"] = aligned = float(sums.alignment / counts.alignment.clamp(min=1))
-            loss += model.alignment_loss_weight * aligned
         return {
             "consumed_samples": self.progress.consumed_samples,
             "consumed_tokens": self.progress.consumed_samples * self.config.data.sequence_length,
-            "loss": loss,
-            "loss_text": text,
-            "loss_image": image,
-            **alignment,
-            "grad_norm": result.grad_norm,
-            "lr": learning_rate,
+            **self._figures(result, learning_rate=learning_rate),
             "skipped_steps": self.progress.skipped_steps,
         }
+
+    def _figures(self, result: StepResult, *, learning_rate: float) -> dict[str, float | None]:
+        sums, counts = result.sums, result.counts
+        figures: dict[str, float | None] = {
+            "loss": result.loss,
+            "loss_text": float(sums.text / counts.text.clamp(min=1)),
+            "loss_image": float(sums.image / counts.image.clamp(min=1)),
+        }
+        if self.config.model.alignment_loss_weight > 0:
+            figures["loss_alignment"] = float(sums.alignment / counts.alignment.clamp(min=1))
+        return figures | {"grad_norm": result.grad_norm, "lr": learning_rate}
+
+    def _validate(self) -> dict[str, float]:
+        assert self.validation is not None
+        self.watchdog.beat(f"validation at step {self.progress.step}")
+        return self.validation.run(self.engine)
 
     def _count(self, throughput: Throughput, counts_in_window: Tensor) -> None:
         """Add the steps since the last report; the counts stay on the device until then."""
@@ -182,6 +238,7 @@ class Trainer:
 
     def _preview(self, writer: MetricsWriter) -> None:
         assert self.previews is not None
+        self.watchdog.beat(f"the preview at step {self.progress.step}")
         image_HW3 = self.previews.paint(self.engine)
         writer.image("samples", image_HW3, step=self.progress.step)
         if self.groups.is_main:
@@ -210,6 +267,10 @@ class Trainer:
             report = checkpoint.load_weights(self.engine, path, average=self.config.checkpoint.init_from_average)
             self._say(f"starts from the weights of {path}: {report}")
         return Progress()
+
+    def _save(self) -> None:
+        self.watchdog.beat(f"saving step {self.progress.step}")
+        self.checkpoints.save(self.engine, progress=self.progress)
 
     def _keep_config(self) -> None:
         with self.groups.fail_together():

@@ -12,11 +12,15 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import is_main_replica
 from torch import Tensor
 
 from mmar_megatron import parallel
+from mmar_megatron.config import CheckpointConfig
 from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.training import checkpoint
+from mmar_megatron.training.saving import CheckpointWriter
 from tests.distributed.common import build, command, means, train
 
 
@@ -27,7 +31,18 @@ def tensors(engine: NativeEngine) -> list[Tensor]:
         for group in part.optimizer.param_groups:
             for p in group["params"]:
                 found += [p.detach().clone(), *(part.optimizer.state[p][k].clone() for k in ("step", "exp_avg", "exp_avg_sq"))]
-    return found
+    assert engine.average is not None
+    return found + [average.clone() for average in engine.average._averages]
+
+
+def averages(engine: NativeEngine) -> float:
+    """One figure of the average of all weights, which any layout must agree on: the sum of its squares."""
+    total = torch.zeros((), dtype=torch.float64)
+    for shard in nested_values(engine.sharded_state_dict()["average"]):
+        if is_main_replica(shard.replica_id):
+            total += shard.data.double().square().sum()
+    torch.distributed.all_reduce(total)
+    return float(total)
 
 
 def main() -> None:
@@ -35,17 +50,22 @@ def main() -> None:
     data, directory, layouts = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     first: Path | None = None
     for name, options in layouts.items():
-        line = command(*options, data=data)
+        line = command(*options, "--optimizer.ema_decay=0.5", data=data)
         engine, loader, groups = build(line)
         batch = line.config.train
         microbatches = batch.global_batch_size // (batch.micro_batch_size * groups.data.size())
         train(engine, loader, steps=2, microbatches=microbatches)
         progress = checkpoint.Progress(step=2, consumed_samples=2 * batch.global_batch_size)
-        saved = checkpoint.save(engine, run_dir=directory / name, progress=progress, config_yaml="", groups=groups)
+        config = CheckpointConfig(async_save=name.startswith("DP2"))
+        writer = CheckpointWriter(config, run_dir=directory / name, config_yaml="{}", groups=groups, say=print)
+        writer.save(engine, progress=progress)
         expected = tensors(engine)
+        writer.close()
+        saved = checkpoint.directory(directory / name, step=2)
         parallel.destroy()
 
         engine, loader, groups = build(line)
+        assert checkpoint.newest_good(directory / name, groups=groups) == saved
         assert checkpoint.load(engine, saved, groups=groups) == progress
         got = tensors(engine)
         different = torch.tensor(sum(not torch.equal(a, b) for a, b in zip(expected, got, strict=True)))
@@ -55,8 +75,9 @@ def main() -> None:
         checkpoint.load(engine, first, groups=groups)
         batches = list(islice(loader, 3 * microbatches))[2 * microbatches :]
         third = train(engine, batches, steps=1, microbatches=microbatches)[0]
+        found = {"different": int(different), "tensors": len(expected), "third": means(third), "average": averages(engine)}
         if torch.distributed.get_rank() == 0:
-            print(json.dumps({name: {"different": int(different), "tensors": len(expected), "third": means(third)}}), flush=True)
+            print(json.dumps({name: found}), flush=True)
         parallel.destroy()
     parallel.leave()
 

@@ -12,10 +12,11 @@ from mmar_megatron.config_checks import validate_world
 from mmar_megatron.data.codec import PatchCodec
 from mmar_megatron.data.loader import DataSource, TrainLoader
 from mmar_megatron.data.prepare import make_shapes
-from mmar_megatron.engine.base import StepResult
+from mmar_megatron.engine.base import LossResult, StepResult
 from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.model.mmar_model import build_model
+from mmar_megatron.scaling.split import split_pipeline
 
 MODEL = [
     *("--model.backbone.num_layers", "4", "--model.backbone.hidden_size", "32", "--model.backbone.ffn_hidden_size", "64"),
@@ -48,6 +49,7 @@ def build(line: CommandLine) -> tuple[NativeEngine, TrainLoader, parallel.Parall
     groups = parallel.initialize(config.parallel)
     platform.seed_everything(config.seed, tensor_rank=groups.tensor.rank())
     source = DataSource(config.data)
+    config = split_pipeline(config, source)
     model = build_model(
         config.model,
         geometry=ImageGeometry.of(source.codec),
@@ -73,7 +75,7 @@ def train(engine: NativeEngine, batches: Iterable, *, steps: int, microbatches: 
     return [engine.train_step(list(islice(iterator, microbatches)), learning_rate=lr) for _ in range(steps)]
 
 
-def means(result: StepResult) -> dict[str, float]:
+def means(result: LossResult) -> dict[str, float]:
     """The figures that any layout must agree on."""
     figures = {
         "text": float(result.sums.text / result.counts.text),
@@ -81,4 +83,4 @@ def means(result: StepResult) -> dict[str, float]:
         "image_zero": float(result.sums.image_zero / result.counts.image),
         "rows": float(result.sums.count_by_timestep.sum()),
     }
-    return figures if result.grad_norm is None else figures | {"grad_norm": result.grad_norm}
+    return figures | ({"grad_norm": result.grad_norm} if isinstance(result, StepResult) else {})

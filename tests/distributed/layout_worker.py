@@ -1,6 +1,7 @@
 """One process of a group: trains a few steps in each of several layouts, paints and reads, and prints what came out.
 
-Arguments: data directory, number of steps, JSON {name: [options]}.
+Arguments: data directory, directory for gradients, number of steps, JSON {name: [options]}. The gradients of each layout's first
+step are in DIRECTORY/NAME.pt.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import json
 import sys
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +18,8 @@ from mmar_megatron import parallel
 from mmar_megatron.inference.images import ImageSampling, paint
 from mmar_megatron.inference.text import caption
 from tests.distributed.common import build, command, means, train
+from tests.distributed.gradients import keeping_gradients, stir
+from tests.distributed.head_flops import head_flops
 
 CAPTIONS = [
     "a small red circle at the top left, on a white background",
@@ -25,20 +30,31 @@ SAMPLING = ImageSampling(rounds=4, steps=3, guidance_scale=2.0, sampler="ancestr
 
 def main() -> None:
     """Layout after layout in the same processes."""
-    data, steps, layouts = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+    data, directory, steps, layouts = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
     for name, options in layouts.items():
         line = command(*options, data=data)
         engine, loader, groups = build(line)
+        stir(engine)
         batch = line.config.train
         microbatches = batch.global_batch_size // (batch.micro_batch_size * groups.data.size())
-        results = train(engine, loader, steps=steps, microbatches=microbatches)
+        batches = islice(loader, steps * microbatches)
+        with keeping_gradients(engine, groups=groups) as gradients:
+            results = train(engine, batches, steps=1, microbatches=microbatches)
+        results += train(engine, batches, steps=steps - 1, microbatches=microbatches)
+        figures = [means(result) for result in results]
+        made: dict[str, Any] = {}
         with engine.evaluating():
-            results.append(engine.evaluate(list(islice(loader, microbatches))))
+            figures.append(means(engine.evaluate(list(islice(loader, microbatches)))))
             painted = paint(engine, CAPTIONS, source=loader.source, groups=groups, sampling=SAMPLING)
-            read = caption(engine, list(painted), source=loader.source, groups=groups, max_tokens=6)
+            made["read"] = caption(engine, list(painted), source=loader.source, groups=groups, max_tokens=6)
+            made["painted"] = painted.flatten().tolist()
+            if groups.pipeline.size() == 1 and engine.last_stage is not None:
+                with torch.enable_grad():
+                    made["head_flops"] = head_flops(engine.last_stage, tokenizer=loader.source.tokenizer, groups=groups)
         if torch.distributed.get_rank() == 0:
-            made = {"painted": painted.flatten().tolist(), "read": read}
-            print(json.dumps({name: {"figures": [means(result) for result in results], **made}}), flush=True)
+            torch.save(gradients, directory / f"{name}.pt")
+            made["parameters"] = sum(p.numel() for chunk in engine.chunks for p in chunk.parameters())
+            print(json.dumps({name: {"figures": figures, **made}}), flush=True)
         parallel.destroy()
     parallel.leave()
 

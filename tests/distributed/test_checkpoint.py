@@ -46,3 +46,4 @@ def test_loaded_is_what_was_saved(name: str, results: dict[str, dict[str, Any]])
 def test_another_layouts_checkpoint_goes_on(name: str, results: dict[str, dict[str, Any]]) -> None:
     expected = results["DP2 buckets"]["third"]
     assert results[name]["third"] == pytest.approx(expected, rel=1e-5)
+    assert results[name]["average"] == pytest.approx(results["DP2 buckets"]["average"], rel=1e-6)

@@ -1,4 +1,5 @@
-"""Any layout gives the same training as one process, losses and gradient norm, step after step; and paints and reads alike."""
+"""Any layout gives the same training as one process: the first step's gradient of every parameter, then losses and gradient norm
+step after step; and it paints and reads alike. The head's work is divided evenly over tensor-parallel ranks."""
 
 from __future__ import annotations
 
@@ -8,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.distributed.common import make_data
+from tests.distributed.gradients import Gradients
 from tests.distributed.launch import run_group
 
 WORKER = Path(__file__).with_name("layout_worker.py")
@@ -17,6 +20,7 @@ STEPS = 6
 
 TP2 = ["--parallel.tensor_model_parallel_size", "2"]
 PP2 = ["--parallel.pipeline_model_parallel_size", "2"]
+PP4 = ["--parallel.pipeline_model_parallel_size", "4"]
 SP = ["--parallel.sequence_parallel", "true"]
 INTERLEAVED = [*PP2, "--parallel.virtual_pipeline_model_parallel_size", "2"]
 OVERLAP = ["--parallel.overlap_grad_reduce", "true", "--parallel.overlap_param_gather", "true"]
@@ -29,12 +33,17 @@ FEATURES = [
     *("--model.tie_embeddings", "false", "--model.backbone.add_qkv_bias", "true", "--model.backbone.qk_layernorm", "true"),
 ]
 
+AUTO = ["--parallel.pipeline_split", "auto"]
+GROUPS_4 = ["--model.backbone.num_query_groups", "4"]
+BF16 = ["--precision.dtype", "bf16"]
+
 ON_ONE = {
     "one": [],
     "larger microbatch": ["--train.micro_batch_size", "8"],
     "recompute": RECOMPUTE,
     "features": FEATURES,
-    "bf16": ["--precision.dtype", "bf16"],
+    "4 groups": GROUPS_4,
+    "bf16": BF16,
 }
 ON_TWO = {
     "TP2": TP2,
@@ -47,53 +56,105 @@ ON_TWO = {
     "TP2 selective": [*TP2, *SELECTIVE],
     "TP2 SP features": [*TP2, *SP, *FEATURES],
     "PP2 features": [*PP2, *FEATURES],
-    "TP2 SP bf16": [*TP2, *SP, "--precision.dtype", "bf16"],
+    "PP2 split 3 1": [*PP2, "--parallel.pipeline_split", "[3, 1]"],
+    "PP2 split 0 4": [*PP2, "--parallel.pipeline_split", "[0, 4]"],
+    "PP2 interleaved split 1 0 3 0 recompute": [*INTERLEAVED, *RECOMPUTE, "--parallel.pipeline_split", "[1, 0, 3, 0]"],
+    "PP2 auto": [*PP2, *AUTO],
+    "TP2 SP bf16": [*TP2, *SP, *BF16],
+    "PP2 interleaved bf16": [*INTERLEAVED, *BF16],
+    "DP2 overlap bf16": [*OVERLAP, *BF16],
 }
 ON_FOUR = {
     "TP2 PP2": [*TP2, *PP2],
-    "TP2 PP2 SP": [*TP2, *PP2, *SP],
     "TP2 DP2 SP overlap": [*TP2, *SP, *OVERLAP],
+    "TP2 PP2 interleaved SP recompute": [*TP2, *INTERLEAVED, *SP, *RECOMPUTE],
     "PP2 DP2": PP2,
+    "PP2 interleaved DP2 overlap": [*INTERLEAVED, *OVERLAP],
+    "PP4": PP4,
+    "DP4, microbatches of 1": ["--train.micro_batch_size", "1"],
+    "PP2 interleaved auto DP2 overlap": [*INTERLEAVED, *AUTO, *OVERLAP],
+    "PP4 split 0 2 1 1": [*PP4, "--parallel.pipeline_split", "[0, 2, 1, 1]"],
+    "TP4 SP, 4 groups": ["--parallel.tensor_model_parallel_size", "4", *SP, *GROUPS_4],
+    "TP2 PP2 SP features": [*TP2, *PP2, *SP, *FEATURES],
+    "TP2 PP2 interleaved SP bf16": [*TP2, *INTERLEAVED, *SP, *BF16],
 }
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the data, and a file of gradients for each layout."""
+    return tmp_path_factory.mktemp("layouts")
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> dict[str, dict[str, Any]]:
     """Every layout's figures, from three launches: of some training steps, then of one evaluation."""
-    data = make_data(tmp_path_factory.mktemp("data") / "shapes")
+    data = make_data(folder / "shapes")
     found: dict[str, dict[str, Any]] = {}
     for nproc, layouts in ((1, ON_ONE), (2, ON_TWO), (4, ON_FOUR)):
-        output = run_group(WORKER, str(data), str(STEPS), json.dumps(layouts), nproc=nproc, timeout=240)
+        output = run_group(WORKER, str(data), str(folder), str(STEPS), json.dumps(layouts), nproc=nproc, timeout=240)
         for line in output.splitlines():
             if line.startswith("{"):
                 found |= json.loads(line)
     return found
 
 
-def reference_of(name: str) -> tuple[str, float]:
-    """Which run on one process a layout is held against, and how closely."""
-    if name.endswith("bf16"):
-        return "bf16", 2e-2
-    return ("features" if name.endswith("features") else "one"), 1e-5
+def reference_of(name: str) -> str:
+    """Which run on one process a layout is held against."""
+    return next((reference for reference in ("features", "4 groups", "bf16") if name.endswith(reference)), "one")
+
+
+def gradients_of(name: str, folder: Path) -> Gradients:
+    return torch.load(folder / f"{name}.pt")
+
+
+def differences(got: Gradients, expected: Gradients) -> dict[str, float]:
+    """Of each parameter's gradient, each layer's on its own: the norm of the difference over the norm of what is expected."""
+    assert got.keys() == expected.keys()
+    return {name: float((got[name] - expected[name]).norm() / expected[name].norm()) for name in expected}
+
+
+LAYOUTS = ["larger microbatch", "recompute", *ON_TWO, *ON_FOUR]
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["larger microbatch", "recompute", *ON_TWO, *ON_FOUR])
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_equals_one_process(name: str, runs: dict[str, dict[str, Any]]) -> None:
-    reference, tolerance = reference_of(name)
+    reference, tolerance = reference_of(name), 2e-2 if name.endswith("bf16") else 1e-5
     for step, (expected, got) in enumerate(zip(runs[reference]["figures"], runs[name]["figures"], strict=True)):
         for figure in got:
             assert got[figure] == pytest.approx(expected[figure], rel=tolerance), f"{figure} of row {step}"
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_gradient_of_every_parameter(name: str, runs: dict[str, dict[str, Any]], folder: Path) -> None:
+    found = differences(gradients_of(name, folder), gradients_of(reference_of(name), folder))
+    tolerance = 3e-2 if name.endswith("bf16") else 1e-5
+    assert {parameter: error for parameter, error in found.items() if not error <= tolerance} == {}
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", [name for name in (*ON_TWO, *ON_FOUR) if not name.endswith("bf16")])
 def test_layout_paints_and_reads_like_one_process(name: str, runs: dict[str, dict[str, Any]]) -> None:
-    expected, got = runs[reference_of(name)[0]], runs[name]
+    expected, got = runs[reference_of(name)], runs[name]
     assert np.abs(np.subtract(expected["painted"], got["painted"])).max() <= 1  # rounding to a byte
     assert got["read"] == expected["read"]
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("module", ["head", "PostProjector"])
+@pytest.mark.parametrize(("name", "ranks"), [("TP2", 2), ("TP2 SP", 2), ("TP4 SP, 4 groups", 4)])
+def test_head_is_divided_over_tensor_parallel_ranks(name: str, ranks: int, module: str, runs: dict[str, dict[str, Any]]) -> None:
+    """Whatever the places of the masked tokens, no rank computes more than 1 / TP of the whole and 2 % of that."""
+    for mask, flops in runs[name]["head_flops"].items():
+        (whole,) = runs["one"]["head_flops"][mask][module]
+        assert len(flops[module]) == ranks
+        assert sum(flops[module]) == whole > 0
+        assert max(flops[module]) <= 1.02 * whole / ranks, mask
+
+
+@pytest.mark.distributed
 def test_comparisons_are_not_empty(runs: dict[str, dict[str, Any]]) -> None:
     """They would be if nothing were learned, or painted."""
     figures = runs["one"]["figures"]
@@ -101,3 +162,16 @@ def test_comparisons_are_not_empty(runs: dict[str, dict[str, Any]]) -> None:
     assert text[-1] < 0.9 * text[0]
     assert figures[0]["grad_norm"] > 1.0, "clipping must be at work"
     assert np.std(runs["one"]["painted"]) > 10
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["one", "features", "4 groups", "bf16"])
+def test_comparisons_of_gradients_are_not_empty(name: str, runs: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Every parameter has a gradient, which is not zero; and a small change of one of them, or of its place, is seen."""
+    gradients = gradients_of(name, folder)
+    assert sum(gradient.numel() for gradient in gradients.values()) == runs[name]["parameters"]
+    assert all(gradient.isfinite().all() and gradient.norm() > 0 for gradient in gradients.values())
+    changed = gradients | {"embedding.mask_embedding": gradients["embedding.mask_embedding"] * (1 + 2e-5)}
+    changed["decoder.layers.mlp.linear_fc1.weight.2"] = gradients["decoder.layers.mlp.linear_fc1.weight.1"]
+    seen = [parameter for parameter, error in differences(changed, gradients).items() if error > 1e-5]
+    assert sorted(seen) == ["decoder.layers.mlp.linear_fc1.weight.2", "embedding.mask_embedding"]

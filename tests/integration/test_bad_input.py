@@ -187,4 +187,4 @@ def test_steps_that_blow_up_are_skipped_and_counted(outcomes: dict[str, Outcome]
     outcome = outcomes["absurd-learning-rate"]
     assert (outcome.code, outcome.err) == (0, "")
     assert [row["skipped_steps"] for row in read_metrics(outcome.run_dir)] == [0, 1]
-    assert "step 2: the gradient norm is" in outcome.out
+    assert "step 2: the loss is nan, the gradient norm nan; the step is skipped (samples " in outcome.out

@@ -11,6 +11,7 @@ import pytest
 
 from tests.distributed.common import MODEL, make_data
 from tests.distributed.launch import run_group
+from tests.distributed.test_layouts import PP2, SP, TP2
 
 SCHEDULE = [
     *("--train.steps", "6", "--train.log_every", "1", "--validation.every", "3", "--validation.samples", "8"),
@@ -43,7 +44,7 @@ def test_second_stage_starts_from_the_firsts_weights(tmp_path: Path) -> None:
     # A learning rate of 0 keeps the weights, so their held-out losses are the first stage's last ones.
     still = ["--optimizer.lr", "0", "--checkpoint.init_from", str(tmp_path / "first"), "--train.steps", "3"]
     output = run_group("pretrain_mmar.py", *arguments, *still, "--run_dir", str(tmp_path / "second"), nproc=1, timeout=240)
-    assert f"starts from the weights of {tmp_path}/first/checkpoints/step_00000006" in output
+    assert f"starts from the weights of {tmp_path}/first/checkpoints/step_00000006: " in output
     first, second = rows(tmp_path / "first")[-1], rows(tmp_path / "second")[-1]
     held_out = [name for name in first if name.startswith("val_")]
     assert len(held_out) == 5
@@ -53,6 +54,7 @@ def test_second_stage_starts_from_the_firsts_weights(tmp_path: Path) -> None:
 def rows(run_dir: Path) -> list[dict[str, Any]]:
     """What was logged, without what a clock decides."""
     clocked = {"step_time_s", "samples_per_second", "tokens_per_second", "tflops_per_device", "mfu"}
+    clocked |= {"rank_time_mean_s", "rank_time_max_s", "slowest_rank"}
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in clocked} for line in lines]
 
@@ -76,3 +78,38 @@ def test_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
     assert rows(resumed) == rows(whole)
     preview = "previews/step_00000006.png"
     assert (resumed / preview).read_bytes() == (whole / preview).read_bytes()
+
+
+@pytest.mark.distributed
+def test_another_number_of_processes_goes_on_with_the_same_samples(tmp_path: Path) -> None:
+    """A chain of layouts, with saves in the background and a checkpoint that is damaged on the way, against one process."""
+    data = make_data(tmp_path / "shapes")
+    common = [*MODEL, "--data.path", str(data), "--train.log_every", "1", "--validation.every", "0", "--preview.every", "0"]
+    common += ["--checkpoint.every", "1", "--optimizer.schedule", "constant", "--optimizer.ema_decay", "0.9"]
+    whole, chain = tmp_path / "whole", tmp_path / "chain"
+    run_group("pretrain_mmar.py", *common, "--run_dir", str(whole), "--train.steps", "7", nproc=1, timeout=240)
+
+    links: list[tuple[int, list[str]]] = [
+        (2, ["--train.micro_batch_size", "1", "--parallel.overlap_grad_reduce", "true", "--parallel.grad_bucket_size", "5000"]),
+        (4, [*TP2, *SP]),
+        (2, PP2),
+        (1, []),
+    ]
+    outputs = []
+    for number, (nproc, layout) in enumerate(links):
+        steps = ["--train.steps", str(min(7, 2 * number + 2)), "--checkpoint.async_save", "true", "--checkpoint.keep_last", "2"]
+        outputs.append(run_group("pretrain_mmar.py", *common, *layout, *steps, "--run_dir", str(chain), nproc=nproc, timeout=240))
+        if number == 1:
+            newest = chain / "checkpoints" / "step_00000004"
+            (newest / "__1_0.distcp").write_bytes(b"")
+
+    assert f"the checkpoint {newest} is damaged: __1_0.distcp has 0 bytes, not " in outputs[2]
+    assert f"continues {chain}/checkpoints/step_00000003 at step 3" in outputs[2]
+    assert "parallel.pipeline_model_parallel_size: 2 -> 1" in outputs[3]
+    names = sorted(path.name for path in (chain / "checkpoints").iterdir())
+    assert names == ["step_00000004.damaged", "step_00000006", "step_00000007"]
+
+    expected, got = rows(whole), rows(chain)
+    assert [row["step"] for row in got] == list(range(1, 8))
+    for figure in ("loss_text", "loss_image", "grad_norm"):
+        assert [row[figure] for row in got] == pytest.approx([row[figure] for row in expected], rel=1e-5)

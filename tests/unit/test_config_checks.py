@@ -51,7 +51,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         [*TP2, "--parallel.sequence_parallel=true", "--data.sequence_length=129"],
         r"data\.sequence_length 129 is not divisible by parallel\.tensor_model_parallel_size 2",
     ),
-    "context parallelism": (["--parallel.context_parallel_size=2"], r"set parallel\.context_parallel_size to 1"),
+    "context parallelism": (
+        ["--parallel.context_parallel_size=2"],
+        r"set parallel\.context_parallel_size to 1, and for long sequences use parallel\.sequence_parallel",
+    ),
     "chunks without stages": (
         ["--parallel.virtual_pipeline_model_parallel_size=2"],
         r"interleaved schedule needs parallel\.pipeline_model_parallel_size and .* above 1: raise them, or leave out",
@@ -66,9 +69,27 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "layers over stages": (
         [*PP2, "--model.backbone.num_layers=5"],
-        r"num_layers 5 is not divisible by the 2 pieces of the pipeline",
+        r"num_layers 5 is not divisible by the 2 pieces of the pipeline: .* set parallel\.pipeline_split to auto",
     ),
     "layers over chunks": ([*INTERLEAVED, "--model.backbone.num_layers=6"], r"num_layers 6 is not divisible by the 4 pieces"),
+    "two divisions of the layers": (
+        [*PP2, "--parallel.pipeline_split=auto", "--model.backbone.num_layers_in_first_pipeline_stage=1"],
+        r"pipeline_split and model\.backbone\.num_layers_in_first_pipeline_stage both divide the layers: leave out one",
+    ),
+    "a list and megatron-core's layout": (
+        [*PP2, "--parallel.pipeline_split=[2,2]", "--model.backbone.pipeline_model_parallel_layout=Ett|ttL"],
+        r"pipeline_split and model\.backbone\.pipeline_model_parallel_layout both divide the layers: leave out one",
+    ),
+    "more pieces than layers": (
+        [*INTERLEAVED, "--parallel.pipeline_split=auto", "--model.backbone.num_layers=3"],
+        r"The 4 pieces of the pipeline are more than model\.backbone\.num_layers 3: use fewer",
+    ),
+    "too few pieces": (
+        [*INTERLEAVED, "--parallel.pipeline_split=[2,2]"],
+        r"pipeline_split \[2, 2\] must be 4 numbers .* that add up to model\.backbone\.num_layers 4: change it",
+    ),
+    "too many layers": ([*PP2, "--parallel.pipeline_split=[2,3]"], r"\[2, 3\] must be 2 numbers .* add up to .* 4: change it"),
+    "fewer layers than none": ([*PP2, "--parallel.pipeline_split=[5,-1]"], r"\[5, -1\] must be 2 numbers .*, none negative"),
     "gather without reduce": (
         ["--parallel.overlap_param_gather=true"],
         r"overlap_param_gather needs parallel\.overlap_grad_reduce: switch that on too",
@@ -150,6 +171,9 @@ def test_sizes_of_the_backbone_must_be_given(name: str) -> None:
     [
         [*TP2, *INTERLEAVED, "--parallel.sequence_parallel=true"],
         [*PP2, "--model.backbone.num_layers=5", "--model.backbone.num_layers_in_first_pipeline_stage=2"],
+        [*PP2, "--model.backbone.num_layers=5", "--parallel.pipeline_split=auto"],
+        [*INTERLEAVED, "--parallel.pipeline_split=[4,0,0,0]"],
+        ["--parallel.pipeline_split=auto"],
         ["--parallel.overlap_param_gather=true", "--parallel.overlap_grad_reduce=true"],
         ["--data.sequence_length=69"],
         ["--checkpoint.init_from=a", "--resume=never"],

@@ -77,7 +77,7 @@ def test_what_decays(groups: ParallelGroups, batch: Batch) -> None:
     before = weights(engine)
     result = engine.train_step([batch.without_losses()], learning_rate=0.5)
     after = weights(engine)
-    assert (result.grad_norm, result.skipped) == (0.0, False)
+    assert (result.grad_norm, result.skipped) == (0.0, None)
 
     kept = {name for name in after if torch.equal(after[name], before[name])}
     for name in after.keys() - kept:
@@ -114,7 +114,6 @@ def test_a_first_step_is_adamw(groups: ParallelGroups, batch: Batch) -> None:
 def test_a_long_gradient_is_clipped(share: float, groups: ParallelGroups, batch: Batch) -> None:
     free = engine_of(groups, "--optimizer.clip_grad=0")
     whole = free.train_step([batch], learning_rate=1e-3).grad_norm
-    assert whole is not None
     unclipped = moments(free)["exp_avg"]
     assert norm(unclipped) == pytest.approx(0.1 * whole, rel=1e-4)  # beta 0.9: a tenth of the gradient is new
 
@@ -145,14 +144,13 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace(poison: float, dtype: str
     latents_MNC[1, 3, 0] = poison
     result = engine.train_step([batch, replace(batch, latents_MNC=latents_MNC)], learning_rate=1e-3)
     assert result.skipped
-    assert result.grad_norm is not None
     assert not math.isfinite(result.grad_norm)
     after, state_after = weights(engine), moments(engine)
     assert all(torch.equal(after[name], before[name]) for name in before)
     for name in state:
         assert all(torch.equal(a, b) for a, b in zip(state_after[name], state[name], strict=True)), name
 
-    assert not engine.train_step([batch], learning_rate=1e-3).skipped
+    assert engine.train_step([batch], learning_rate=1e-3).skipped is None
     untroubled = engine_of(groups, f"--precision.dtype={dtype}")
     for _ in range(2):
         untroubled.train_step([batch], learning_rate=1e-3)

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from mmar_megatron import parallel, platform
-from mmar_megatron.config import Config, DataConfig, MaskRatioConfig, parse_command_line
-from mmar_megatron.data.batch import IGNORE
-from mmar_megatron.data.codec import PatchCodec
-from mmar_megatron.data.draw import draw_mask, draw_mask_ratio
-from mmar_megatron.data.loader import DataSource
-from mmar_megatron.data.prepare import make_shapes
-from mmar_megatron.data.sequence import DocumentImage
+from mmar_megatron.config import Config, MaskRatioConfig, parse_command_line
 from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.model.mmar_model import build_model
 from mmar_megatron.parallel import ParallelGroups
-from mmar_megatron.scaling.plan import Memory, Plan, expected_masked, labels_per_caption, plan, stage_on_meta
+from mmar_megatron.scaling.expected import expected_masked
+from mmar_megatron.scaling.plan import Memory, Plan, plan, stage_on_meta
 
 GEOMETRY = ImageGeometry(grid_height=4, grid_width=4, channels=12)
 VOCAB = 200
@@ -181,55 +174,6 @@ def test_optimizer_is_sharded_over_data_parallel_ranks() -> None:
     assert (one.weights, one.gradients) == (four.weights, four.gradients)
     assert one.optimizer == 4 * four.optimizer
     assert one.total == one.weights + one.gradients + one.optimizer
-
-
-# --- expected counts ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "ratio",
-    [
-        MaskRatioConfig(),
-        MaskRatioConfig(minimum=0.0),
-        MaskRatioConfig(distribution="uniform", minimum=0.0),
-        MaskRatioConfig(distribution="uniform", minimum=0.33),
-        MaskRatioConfig(minimum=1.0),
-    ],
-    ids=["stage 1", "stage 2", "uniform", "uniform from 0.33", "all"],
-)
-def test_expected_masked(ratio: MaskRatioConfig) -> None:
-    generator = np.random.default_rng(0)
-    draws = 40_000
-    masked = [draw_mask(generator, num_tokens=20, ratio=draw_mask_ratio(generator, ratio)).sum() for _ in range(draws)]
-    error = np.std(masked) / draws**0.5
-    assert expected_masked(ratio, tokens_per_image=20) == pytest.approx(np.mean(masked), abs=4 * error + 1e-9)
-
-
-def test_labels_per_caption(tmp_path: Path) -> None:
-    make_shapes(tmp_path / "shapes", codec=PatchCodec(image_size=32, patch_size=8), train=64, validation=16, log=lambda _: None)
-    config = DataConfig(path=str(tmp_path / "shapes"), sequence_length=16 + 4 + 21)  # so short that some captions are cut
-    config.codec.patch_size = 8
-    source = DataSource(config)
-    labels, cut = labels_of_documents(source)
-    assert 0 < cut < 64
-    assert labels_per_caption(source) == pytest.approx(np.mean(labels))
-
-
-def labels_of_documents(source: DataSource) -> tuple[list[float], int]:
-    """Mean labels over the captions of each training sample, counted in the documents that the model would read."""
-    nothing = np.zeros((source.codec.num_tokens, source.codec.channels), dtype=np.float32)
-    image = DocumentImage(latents_NC=nothing, masked_N=np.zeros(source.codec.num_tokens, dtype=np.bool_))
-    reader, labels, cut = source.reader("train"), [], 0
-    for number in range(len(reader)):
-        texts = [source.tokenizer.encode(text) for text in source.captions(reader.read_or_next(number)[0])]
-        documents = [source.builder.image_to_text(text, image=image, sample_id=0) for text in texts]
-        labels.append(float(np.mean([count_labels(document.labels_L) for document in documents])))
-        cut += any(len(text) > source.builder.max_text for text in texts)
-    return labels, cut
-
-
-def count_labels(labels: Sequence[int]) -> int:
-    return sum(label != IGNORE for label in labels)
 
 
 # --- the step and the table --------------------------------------------------------------------------------------------------

@@ -43,9 +43,14 @@ def at(run_dir: Path, step: int) -> Path:
     return checkpoint.directory(run_dir, step=step)
 
 
+def delete(files: list[Path]) -> None:
+    for file in files:
+        file.unlink()
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    "half": lambda path: [file.unlink() for file in sorted(path.iterdir())[:4]],
-    "empty": lambda path: [file.unlink() for file in path.iterdir()],
+    "half": lambda path: delete(sorted(path.iterdir())[:4]),
+    "empty": lambda path: delete(list(path.iterdir())),
     "manifest": lambda path: (path / "manifest.json").write_text(""),
     "tensors": lambda path: (path / "__0_0.distcp").write_bytes(b"0" * (path / "__0_0.distcp").stat().st_size),
 }

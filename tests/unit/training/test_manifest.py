@@ -40,7 +40,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "longer": (lambda d: (d / "b.bin").write_bytes(b"0"), "b.bin has 1 bytes, not 0"),
     "one bit": (lambda d: flip(d / "c/d.bin", byte=100), "c/d.bin has other content than was written"),
     "missing": (lambda d: (d / "a.bin").unlink(), "a.bin is missing"),
-    "not a file": (lambda d: [(d / "b.bin").unlink(), (d / "b.bin").mkdir()], "b.bin"),
+    "missing folder": (lambda d: (d / "c").rename(d / "elsewhere"), "c/d.bin is missing"),
     "no manifest": (lambda d: (d / "manifest.json").unlink(), "manifest.json is missing"),
     "empty manifest": (lambda d: (d / "manifest.json").write_text(""), "manifest.json cannot be read"),
     "manifest of something else": (lambda d: (d / "manifest.json").write_text("[]"), "manifest.json cannot be read"),

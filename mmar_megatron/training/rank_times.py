@@ -1,0 +1,40 @@
+"""Which rank holds the others up."""
+
+from __future__ import annotations
+
+import torch
+
+from mmar_megatron.parallel import ParallelGroups
+
+
+class RankTimes:
+    """Whose own work takes longest: loading data, then forward and backward passes up to the reduction of gradients.
+
+    Ranks of one replica wait for each other within these passes, so with tensor or pipeline parallelism the slowest rank stands
+    for its replica. (The time of a whole step is the same for all ranks.)
+
+    Args:
+        groups: process groups.
+    """
+
+    def __init__(self, groups: ParallelGroups) -> None:
+        self._control = groups.control
+        self._seconds = self._steps = 0.0
+
+    def count(self, seconds: float) -> None:
+        """Adds a step of this rank."""
+        self._seconds += seconds
+        self._steps += 1
+
+    def report(self) -> dict[str, float]:
+        """By their names in `metrics.jsonl`, averaged since the last report. All ranks call it together."""
+        own = torch.tensor([self._seconds / self._steps])
+        of_ranks = [torch.empty_like(own) for _ in range(self._control.size())]
+        torch.distributed.all_gather(of_ranks, own, group=self._control)
+        times = torch.cat(of_ranks)
+        self._seconds = self._steps = 0.0
+        return {
+            "rank_time_mean_s": float(times.mean()),
+            "rank_time_max_s": float(times.max()),
+            "slowest_rank": int(times.argmax()),
+        }

@@ -1,0 +1,28 @@
+"""A run of any layout is evaluated in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.unit.command_line import INTERLEAVED, PP2, TP2, parse
+from tools.evaluate import _one_process
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [*TP2, *INTERLEAVED, "--parallel.sequence_parallel=true", "--parallel.pipeline_split=[2,1,1,0]"],
+        [*PP2, "--parallel.pipeline_split=auto"],
+        [*PP2, "--model.backbone.num_layers_in_first_pipeline_stage=1"],
+        [*PP2, "--model.backbone.pipeline_model_parallel_layout=Ettt|tL"],
+    ],
+)
+def test_layout_is_undone(options: list[str], tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(parse(*options).yaml)
+    config = _one_process(tmp_path / "config.yaml")
+    layout, backbone = config.parallel, config.model.backbone
+    assert (layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.pipeline_split) == (1, 1, "even")
+    assert (backbone.pipeline_model_parallel_layout, backbone.num_layers_in_first_pipeline_stage) == (None, None)
+    assert (backbone.pipeline_model_parallel_size, backbone.virtual_pipeline_model_parallel_size) == (1, None)
