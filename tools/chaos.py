@@ -2,9 +2,9 @@
 
     python tools/chaos.py --out runs/chaos [--kills 100] [--seed 0] [--nproc 2] [--steps 400] [-- OPTIONS OF pretrain_mmar.py]
 
-Ranks are killed (one, or all) during start-up, steps and saves, told to stop by SIGTERM and SIGUSR1, and find their newest
-checkpoint damaged; each time the very same command is started again. Exits with 1 where a logged value of any step differs, a
-signal is not obeyed, a damaged checkpoint is not reported, a rank outlives another's death, or anything else is not as
+Ranks are killed (one, or all) during start-up, steps and saves, told to stop by SIGTERM and SIGUSR1, killed while they do, and
+find their newest checkpoint damaged; each time the very same command is started again. Exits with 1 where a logged value of any
+step differs, a signal is not obeyed, damage is not reported, a rank outlives another's death, or anything else is not as
 docs/reliability.md promises. DIR keeps both runs, the output of each life, and report.json.
 """
 
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
         schedule = draw_schedule(
             seed=args.seed,
             kills=args.kills,
-            signals=max(2, args.kills // 10),
+            signals=max(3, args.kills // 10),
             damages=max(5, args.kills // 5),
             nproc=args.nproc,
             steps=steps,
@@ -67,10 +67,7 @@ def main(argv: list[str]) -> int:
 
 
 def import_training() -> Main:
-    """The training command, in this process, with all that it would import; ranks are forked from it.
-
-    Only now, for what a save starts imports this file first, and would wait for torch.
-    """
+    """The training command, in this process, with all that it would import; ranks are forked from it."""
     os.environ["OMP_NUM_THREADS"] = "1"  # the model is so small that threads only get in each other's way
     import torch.utils.tensorboard  # noqa: F401  imported late by what writes metrics, and for seconds
 

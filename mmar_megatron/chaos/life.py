@@ -131,12 +131,12 @@ class Life:
         """Let it live until the event, then do that, and see it end; without an event, see it end."""
         reached = self._await(event, pace)
         if reached and event is not None:
-            self._do(event)
+            self._do(event, pace)
         hung = self._await_end()
         self._look()
         self._learn(pace)
         # A killed rank cannot take its helpers along.
-        helpers = _await_no_descendants(0 if event and event.action == "kill" else HELPERS_LIMIT_S)
+        helpers = _await_no_descendants(0 if event and event.kills else HELPERS_LIMIT_S)
         end_descendants()
         _reap_adopted()
         return Ending(statuses=[rank.exitcode or 0 for rank in self._ranks], reached=reached, hung=hung, helpers=helpers)
@@ -166,11 +166,16 @@ class Life:
         # dies alone dies later in the start-up.
         return _after(seen.resumed or _first(seen.steps, 0), event.delay * pace.resumed_s)
 
-    def _do(self, event: Event) -> None:
-        number = signal.SIGKILL if event.action == "kill" else signal.Signals[event.action]
-        for rank in self._ranks if event.rank is None else [self._ranks[event.rank]]:
+    def _do(self, event: Event, pace: Pace) -> None:
+        if event.action == "SIGTERM and kill":
+            self._send(signal.SIGTERM, event.rank)
+            time.sleep(event.delay * (pace.step_s + 2 * pace.save_s))
+        self._send(signal.SIGKILL if event.kills else signal.Signals[event.action], event.rank)
+
+    def _send(self, number: signal.Signals, rank: int | None) -> None:
+        for process in self._ranks if rank is None else [self._ranks[rank]]:
             with suppress(ProcessLookupError):  # ended by itself just now, which its status will tell
-                (os.killpg if event.rank is None else os.kill)(_pid(rank), number)
+                (os.killpg if rank is None else os.kill)(_pid(process), number)
 
     def _await_end(self) -> list[int]:
         """See the ranks end; kill those that do not, and tell which."""

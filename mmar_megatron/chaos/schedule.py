@@ -14,12 +14,16 @@ from typing import Literal, TypeVar
 
 from mmar_megatron.chaos.damage import KINDS, Kind
 
-Action = Literal["kill", "SIGTERM", "SIGUSR1"]
+Action = Literal["kill", "SIGTERM", "SIGUSR1", "SIGTERM and kill"]
+"""The last is what schedulers do to a run that takes too long to stop."""
 Phase = Literal["start-up", "step", "save"]
 
 # What is taken in turn, so that a short schedule has something of everything too.
 KILLS: tuple[Phase, ...] = ("save", "step", "start-up", "save", "step")
-SIGNALS: tuple[tuple[Action, Phase], ...] = (("SIGTERM", "step"), ("SIGUSR1", "save"), ("SIGUSR1", "step"), ("SIGTERM", "save"))
+SIGNALS: tuple[tuple[Action, Phase], ...] = (
+    *(("SIGTERM", "step"), ("SIGUSR1", "save"), ("SIGTERM and kill", "step")),
+    *(("SIGTERM", "save"), ("SIGUSR1", "step"), ("SIGTERM and kill", "step")),
+)
 
 T = TypeVar("T")
 
@@ -38,14 +42,20 @@ class Event:
     rank: int | None
     """None: all ranks at once, with all that they started, as a scheduler does it."""
     delay: float
-    """From the moment the phase is seen, as a share of how long it usually takes, in [0, 1)."""
+    """From the moment the phase is seen, as a share of how long it usually takes, in [0, 1). Between SIGTERM and kill, a share of
+    how long a step and two saves take."""
+
+    @property
+    def kills(self) -> bool:
+        """Whether it leaves no time to end in order."""
+        return self.action in ("kill", "SIGTERM and kill")
 
     def __str__(self) -> str:
         whom = "all ranks" if self.rank is None else f"rank {self.rank}"
         when = (
             "during start-up" if self.phase == "start-up" else f"{'after' if self.phase == 'step' else 'saving'} step {self.step}"
         )
-        return f"{self.action} of {whom} {when}" if self.action == "kill" else f"{self.action} to {whom} {when}"
+        return f"{self.action} {'of' if self.action == 'kill' else 'to'} {whom} {when}"
 
 
 @dataclass(frozen=True, kw_only=True)

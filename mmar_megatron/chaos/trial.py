@@ -28,6 +28,8 @@ class Tally:
     kills_of_one_rank: int = 0
     signals: Counter[str] = field(default_factory=Counter)
     """Obeyed, by name."""
+    stops_cut_short: int = 0
+    """Kills soon after SIGTERM."""
     damages: Counter[Kind] = field(default_factory=Counter)
     fallbacks: Counter[Kind] = field(default_factory=Counter)
     """Damages that the run reported, put aside, and fell back from."""
@@ -150,16 +152,18 @@ class Trial:
         if event is None:
             if any(statuses) or "the last of train.steps" not in life.output:
                 problems.append(f"the run did not end well, but with {statuses}")
+        elif event.action == "SIGTERM and kill":
+            self.tally.stops_cut_short += 1
         elif event.action == "kill":
             alone = event.rank is not None
-            if any(statuses[rank] == 0 for rank in range(self._nproc)):
+            if 0 in statuses:
                 problems.append(f"a rank took another's death for success: {statuses}")
             if not ending.hung:
                 self.tally.kills[life.phase()] += 1
                 self.tally.kills_of_one_rank += alone
         else:
             problems += self._check_obeyed(event, ending, life)
-        if ending.helpers and (event is None or event.action != "kill"):
+        if ending.helpers and not (event and event.kills):
             problems.append(f"{ending.helpers} processes outlived the ranks that had started them")
         return problems
 
@@ -216,7 +220,7 @@ def _account(plan: LifePlan, ending: Ending, life: Life) -> str:
     """What a life was, in one line."""
     start = life.resumed_from[1] if life.resumed_from else 0
     steps = f"steps {start + 1} to {life.last_step}" if life.last_step else "no step"
-    came = f", came during {life.phase()}" if plan.event and plan.event.action == "kill" else ""
+    came = f", came during {life.phase()}" if plan.event and plan.event.kills else ""
     return (
         f"{plan.event or 'to the end'}{came}: {steps}{', async saves' if plan.async_save else ''}, ended with {ending.statuses}"
     )
@@ -229,6 +233,7 @@ def summary(tally: Tally) -> str:
         "kills survived": f"{kills.total()} ({kills['save']} during saves, {kills['start-up']} during start-up, "
         f"{kills['step']} between; {one} of one rank, {kills.total() - one} of all)",
         "signals obeyed": f"{tally.signals.total()} ({_each(tally.signals)})",
+        "stops cut short": f"{tally.stops_cut_short}",
         "checkpoints damaged": f"{tally.damages.total()} ({_each(tally.damages)})",
         "  found, fallen back": f"{tally.fallbacks.total()}",
         "starts": f"{tally.lives}",

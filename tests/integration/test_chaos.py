@@ -61,5 +61,6 @@ def test_short_trial(tmp_path: Path) -> None:
     assert report["passed"]
     assert sum(report["kills"].values()) == 6
     assert report["signals"] == {"SIGTERM": 1, "SIGUSR1": 1}
+    assert report["stops_cut_short"] == 1
     assert report["damages"] == report["fallbacks"] == dict.fromkeys(KINDS, 1)
     assert report["steps_compared"] == 60

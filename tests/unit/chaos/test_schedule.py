@@ -31,10 +31,10 @@ def test_all_that_was_asked_for(seed: int, kills: int, signals: int, damages: in
 
 
 def test_a_short_one_has_everything_too() -> None:
-    plans = draw(kills=6, signals=2, damages=5, steps=60)
+    plans = draw(kills=6, signals=3, damages=5, steps=60)
     events = [plan.event for plan in plans if plan.event]
     assert {event.phase for event in events if event.action == "kill"} == {"save", "step", "start-up"}
-    assert {event.action for event in events} == {"kill", "SIGTERM", "SIGUSR1"}
+    assert {event.action for event in events} == {"kill", "SIGTERM", "SIGUSR1", "SIGTERM and kill"}
     assert {event.rank is None for event in events} == {True, False}
     assert {plan.damage for plan in plans if plan.damage} == set(KINDS)
 
