@@ -89,7 +89,7 @@ class Trial:
             self._run_undisturbed()
             for plan in schedule:
                 self._run_life(plan)
-            while self._waiting:  # for two whole checkpoints
+            while self._waiting and not self.tally.problems:
                 self._run_life(LifePlan(event=None, damage=None, async_save=False))
         finally:
             end_descendants()
@@ -130,10 +130,10 @@ class Trial:
             self._log(f"  WRONG: {problem}")
 
     def _damage(self, kind: Kind | None) -> str:
-        """Damage the newest checkpoint, if an older one is whole too; else the damage waits."""
+        """Damage the newest checkpoint, if an older one is whole too and no damage is still to be found; else this one waits."""
         self._waiting += [kind] if kind else []
         whole = [path for path in checkpoints(self._run_dir) if is_whole(path)]
-        if not self._waiting or len(whole) < 2:
+        if not self._waiting or self._damaged or len(whole) < 2:
             return ""
         kind = self._waiting.pop(0)
         step = int(whole[-1].name.removeprefix("step_"))
