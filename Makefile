@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 DATA ?= shapes
+KILLS ?= 100
+SEED ?= 0
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -16,7 +18,7 @@ CONFIGS_emoji := --config examples/configs/tiny.yaml --config examples/configs/t
 CONFIGS = $(or $(CONFIGS_$(DATA)),$(error DATA is "$(DATA)", but must be shapes or emoji))
 RUN_DIR := runs/quickstart$(if $(filter-out shapes,$(DATA)),-$(DATA))
 
-.PHONY: help setup quickstart test check format clean
+.PHONY: help setup quickstart chaos test check format clean
 
 help: ## list the commands
 	@echo 'make COMMAND, where COMMAND is one of'
@@ -50,6 +52,10 @@ quickstart: .venv/.complete data/$(DATA)/index.json ## train a tiny model, draw 
 	  metrics.jsonl 'every logged step; TensorBoard has the same in tensorboard/' \
 	  checkpoints/ 'the model, to go on from or to sample from'; \
 	exit $$missed
+
+chaos: .venv/.complete ## kill a tiny run 100 times, damage its checkpoints, compare every step (KILLS=N, SEED=N)
+	rm -rf runs/chaos
+	python tools/chaos.py --out runs/chaos --kills $(KILLS) --seed $(SEED)
 
 test: .venv/.complete ## run every test
 	python -m pytest
