@@ -44,8 +44,9 @@ def main(argv: list[str]) -> None:
                 print_plan(command.config)
                 return
             validate_world(command.config, world_size=platform.world_size())
-            groups = parallel.initialize(command.config.parallel)
-        with Watchdog(hang_timeout_s=command.config.train.hang_timeout_s, groups=groups) as watchdog:
+            hang_timeout_s = command.config.train.hang_timeout_s
+            groups = parallel.initialize(command.config.parallel, hang_timeout_s=hang_timeout_s)
+        with Watchdog(hang_timeout_s=hang_timeout_s, groups=groups) as watchdog:
             with user_errors():
                 trainer = build(command, groups=groups, watchdog=watchdog)
             trainer.fit()
