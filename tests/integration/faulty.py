@@ -38,7 +38,7 @@ from mmar_megatron.data.batch import Batch
 from mmar_megatron.data.loader import TrainLoader
 from mmar_megatron.data.shards import BadDataError
 from mmar_megatron.model.mmar_model import MMARModel
-from mmar_megatron.training import trainer, watchdog
+from mmar_megatron.training import building, watchdog
 from tests.integration.forked import run
 
 RANKS = 2
@@ -87,7 +87,7 @@ def inject(faults: list[Fault], *, rank: int) -> None:
         return forward(self, *args, **options)  # type: ignore[arg-type]
 
     MMARModel.forward = slow_forward  # type: ignore[method-assign]
-    trainer.TrainLoader = FaultyLoader  # type: ignore[misc]
+    building.TrainLoader = FaultyLoader  # type: ignore[misc]
     watchdog._MARGIN_S = 7.0  # not for those that wait for an end of a test
 
 
