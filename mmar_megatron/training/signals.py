@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -15,8 +16,12 @@ from mmar_megatron.parallel import ParallelGroups
 from mmar_megatron.platform import STOP_SIGNALS
 
 
+_ECHO_S = 3.0
+"""SLURM signals all processes of a step, and torchrun, one of these, passes the signal on: that is one request, not two."""
+
+
 class StopRequest:
-    """Within this context the first of `STOP_SIGNALS` is noted, and a second one ends the process at once.
+    """Within this context the first of `STOP_SIGNALS` is noted, and a second one, if it is no echo, ends the process at once.
 
     Args:
         groups: process groups.
@@ -24,7 +29,7 @@ class StopRequest:
 
     def __init__(self, groups: ParallelGroups) -> None:
         self._control = groups.control
-        self._received = 0
+        self._received, self._since = 0, 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -36,9 +41,11 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._received = number
-        for other in STOP_SIGNALS:
-            signal.signal(other, signal.SIG_DFL)
+        if not self._received:
+            self._received, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since > _ECHO_S:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     def agreed(self) -> signal.Signals | None:
         """What any rank has received; all ranks call it together."""
