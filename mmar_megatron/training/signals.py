@@ -15,7 +15,6 @@ import torch
 from mmar_megatron.parallel import ParallelGroups
 from mmar_megatron.platform import STOP_SIGNALS
 
-
 _ECHO_S = 3.0
 """SLURM signals all processes of a step, and torchrun, one of these, passes the signal on: that is one request, not two."""
 
