@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 import time
 from collections.abc import Iterator
@@ -43,6 +44,7 @@ class StopRequest:
         if not self._received:
             self._received, self._since = number, time.monotonic()
         elif time.monotonic() - self._since > _ECHO_S:
+            kill_helpers()
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
@@ -51,6 +53,12 @@ class StopRequest:
         number = torch.tensor(self._received, dtype=torch.int32)
         torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX, group=self._control)
         return signal.Signals(int(number)) if number else None
+
+
+def kill_helpers() -> None:
+    """Of a process that ends without its usual way out: some of the children it has started would outlive it."""
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 @contextmanager
