@@ -10,7 +10,6 @@ rank looks into the job's key-value store, which needs no collective, once a sec
 from __future__ import annotations
 
 import faulthandler
-import multiprocessing
 import os
 import sys
 import threading
@@ -27,6 +26,7 @@ from torch.distributed import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
 from mmar_megatron.parallel import ParallelGroups
+from mmar_megatron.training.signals import kill_helpers
 
 _POLL_S = 1.0
 _PATIENCE_S = 5.0
@@ -171,7 +171,6 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def _exit() -> NoReturn:
-    """End this process from any thread, and the helpers that it started."""
-    for child in multiprocessing.active_children():
-        child.kill()
+    """End this process from any thread."""
+    kill_helpers()
     os._exit(1)

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
+import torch
+
 from mmar_megatron import parallel, platform
 from mmar_megatron.config import CommandLine, parse_command_line
 from mmar_megatron.config_checks import validate_world
@@ -55,7 +57,18 @@ def build(line: CommandLine) -> tuple[NativeEngine, TrainLoader, parallel.Parall
 def train(engine: NativeEngine, batches: Iterable, *, steps: int, microbatches: int, lr: float = 3e-3) -> list[StepResult]:
     """Results of some steps."""
     iterator = iter(batches)
-    return [engine.train_step(list(islice(iterator, microbatches)), learning_rate=lr) for _ in range(steps)]
+    results = [engine.train_step(list(islice(iterator, microbatches)), learning_rate=lr) for _ in range(steps)]
+    assert_same_verdicts(results)
+    return results
+
+
+def assert_same_verdicts(results: list[StepResult]) -> None:
+    """What steps are judged by must be the same on all ranks to the last bit."""
+    own = torch.tensor([[result.loss, result.grad_norm] for result in results], dtype=torch.float64)
+    least, most = own.clone(), own.clone()
+    torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    assert torch.equal(least, most)
 
 
 def means(result: LossResult) -> dict[str, float]:
@@ -66,4 +79,4 @@ def means(result: LossResult) -> dict[str, float]:
         "image_zero": float(result.sums.image_zero / result.counts.image),
         "rows": float(result.sums.count_by_timestep.sum()),
     }
-    return figures | ({"grad_norm": result.grad_norm} if isinstance(result, StepResult) else {})
+    return figures | ({"loss": result.loss, "grad_norm": result.grad_norm} if isinstance(result, StepResult) else {})

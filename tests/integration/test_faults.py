@@ -54,7 +54,7 @@ ROUNDS: list[dict[str, tuple[list[str], list[Fault]]]] = [
             ["--data.num_workers", "1", "--checkpoint.every", "2"],
             [(0, 3, "kill_all", TERM), (1, 3, "kill_all", TERM)],
         ),
-        "signalled-twice": (["--checkpoint.every", "2"], [(0, 3, "kill", TERM), (0, 3, "kill", TERM)]),
+        "signalled-twice": (["--checkpoint.every", "2"], [(0, 3, "kill", TERM), (0, 3, "slow", 4), (0, 3, "kill", TERM)]),
         "failed": ([], [(0, 3, "bad_data", 0)]),
     },
     {
