@@ -58,7 +58,7 @@ ON_TWO = {
     "PP2 features": [*PP2, *FEATURES],
     "PP2 split 3 1": [*PP2, "--parallel.pipeline_split", "[3, 1]"],
     "PP2 split 0 4": [*PP2, "--parallel.pipeline_split", "[0, 4]"],
-    "PP2 interleaved split 1 0 3 0 recompute": [*INTERLEAVED, *RECOMPUTE, "--parallel.pipeline_split", "[1, 0, 3, 0]"],
+    "PP2 interleaved split 0 2 2 0 recompute": [*INTERLEAVED, *RECOMPUTE, "--parallel.pipeline_split", "[0, 2, 2, 0]"],
     "PP2 auto": [*PP2, *AUTO],
     "TP2 SP bf16": [*TP2, *SP, *BF16],
     "PP2 interleaved bf16": [*INTERLEAVED, *BF16],
