@@ -18,13 +18,12 @@ from mmar_megatron.config_checks import validate_world
 from mmar_megatron.data.loader import DataSource
 from mmar_megatron.data.prepare import ensure_data
 from mmar_megatron.data.shards import BadDataError
-from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.model.image_geometry import ImageGeometry
-from mmar_megatron.model.mmar_model import build_model
 from mmar_megatron.parallel import ParallelGroups
 from mmar_megatron.scaling.expected import labels_per_caption
 from mmar_megatron.scaling.plan import plan
 from mmar_megatron.scaling.split import split_pipeline
+from mmar_megatron.training.building import build_engine
 from mmar_megatron.training.guard import TooManyBadSteps
 from mmar_megatron.training.saving import SaveError
 from mmar_megatron.training.trainer import Trainer
@@ -44,8 +43,9 @@ def main(argv: list[str]) -> None:
                 print_plan(command.config)
                 return
             validate_world(command.config, world_size=platform.world_size())
-            groups = parallel.initialize(command.config.parallel)
-        with Watchdog(hang_timeout_s=command.config.train.hang_timeout_s, groups=groups) as watchdog:
+            hang_timeout_s = command.config.train.hang_timeout_s
+            groups = parallel.initialize(command.config.parallel, hang_timeout_s=hang_timeout_s)
+        with Watchdog(hang_timeout_s=hang_timeout_s, groups=groups) as watchdog:
             with user_errors():
                 trainer = build(command, groups=groups, watchdog=watchdog)
             trainer.fit()
@@ -72,14 +72,7 @@ def build(command: CommandLine, *, groups: ParallelGroups, watchdog: Watchdog) -
         ensure_data(config.data)
     source = DataSource(config.data)
     config = split_pipeline(config, source)
-    model = build_model(
-        config.model,
-        geometry=ImageGeometry.of(source.codec),
-        vocab_size=source.tokenizer.vocab_size,
-        groups=groups,
-        seed=config.seed,
-    )
-    engine = NativeEngine(config, chunks=model, groups=groups)
+    engine = build_engine(config, source=source, groups=groups)
     return Trainer(command, engine=engine, groups=groups, watchdog=watchdog)
 
 

@@ -5,9 +5,11 @@ megatron-core keeps its groups in a module of globals. We make them once, here, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch.distributed import ProcessGroup
@@ -91,10 +93,17 @@ class ParallelGroups:
         return sizes + (f", {self.virtual_pipeline_size} chunks a stage" if self.virtual_pipeline_size else "")
 
 
-def initialize(config: ParallelConfig) -> ParallelGroups:
-    """Join the job and build the process groups of a layout that `validate_world` has found to fit the number of processes."""
-    platform.init_process_group()
-    return _build_groups(config, create_gloo_process_groups=True)
+def initialize(config: ParallelConfig, *, hang_timeout_s: float = 0.0) -> ParallelGroups:
+    """Join the job and build the process groups of a layout that `validate_world` has found to fit the number of processes.
+
+    Args:
+        config: the layout.
+        hang_timeout_s: seconds after which a process is taken to hang. Collectives wait for it twice as long, so that they do not
+            fail before it can tell where it hangs; 0: an hour.
+    """
+    timeout = timedelta(seconds=2 * hang_timeout_s) if hang_timeout_s else timedelta(hours=1)
+    platform.init_process_group(timeout=timeout)
+    return _build_groups(config, create_gloo_process_groups=True, timeout=timeout)
 
 
 def initialize_fake(config: ParallelConfig, *, rank: int, world_size: int) -> ParallelGroups:
@@ -105,16 +114,17 @@ def initialize_fake(config: ParallelConfig, *, rank: int, world_size: int) -> Pa
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch.distributed.init_process_group(backend="fake", store=FakeStore(), rank=rank, world_size=world_size)
-    return _build_groups(config, create_gloo_process_groups=False)
+    return _build_groups(config, create_gloo_process_groups=False, timeout=timedelta(hours=1))
 
 
-def _build_groups(config: ParallelConfig, *, create_gloo_process_groups: bool) -> ParallelGroups:
+def _build_groups(config: ParallelConfig, *, create_gloo_process_groups: bool, timeout: timedelta) -> ParallelGroups:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
         context_parallel_size=config.context_parallel_size,
         create_gloo_process_groups=create_gloo_process_groups,
+        distributed_timeout_minutes=math.ceil(timeout / timedelta(minutes=1)),
     )
     megatron = ProcessGroupCollection.use_mpu_process_groups()
     return ParallelGroups(
@@ -122,16 +132,18 @@ def _build_groups(config: ParallelConfig, *, create_gloo_process_groups: bool) -
         pipeline=megatron.pp,
         data=megatron.dp,
         model=megatron.mp,
-        control=_host_group(),
+        control=_host_group(timeout=timeout),
         megatron=megatron,
         virtual_pipeline_size=config.virtual_pipeline_model_parallel_size,
     )
 
 
-def _host_group() -> ProcessGroup:
+def _host_group(*, timeout: timedelta) -> ProcessGroup:
+    if torch.distributed.get_backend() == "nccl":
+        return torch.distributed.new_group(backend="gloo", timeout=timeout)
     everyone = torch.distributed.group.WORLD
     assert everyone is not None
-    return torch.distributed.new_group(backend="gloo") if torch.distributed.get_backend() == "nccl" else everyone
+    return everyone
 
 
 def destroy() -> None:

@@ -13,6 +13,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -82,16 +83,20 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def init_process_group() -> None:
-    """Join the job's process group: NCCL on GPUs, else gloo. One process needs no launcher, and no port."""
+def init_process_group(*, timeout: timedelta) -> None:
+    """Join the job's process group: NCCL on GPUs, else gloo. One process needs no launcher, and no port.
+
+    Args:
+        timeout: after which a collective of the whole job fails.
+    """
     if torch.distributed.is_initialized():
         return
     alone: dict[str, Any] = {} if launched() else {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
     if HAS_CUDA:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.distributed.init_process_group(backend="nccl", device_id=device(), **alone)
+        torch.distributed.init_process_group(backend="nccl", device_id=device(), timeout=timeout, **alone)
     else:
-        torch.distributed.init_process_group(backend="gloo", **alone)
+        torch.distributed.init_process_group(backend="gloo", timeout=timeout, **alone)
 
 
 def seed_everything(seed: int, *, tensor_rank: int) -> None:

@@ -25,10 +25,9 @@ from mmar_megatron.evaluation.scores import TARGETS, loss_scores, missed, shape_
 from mmar_megatron.evaluation.sheet import write_sheet
 from mmar_megatron.inference.images import ImageSampling, paint
 from mmar_megatron.inference.text import caption
-from mmar_megatron.model.image_geometry import ImageGeometry
-from mmar_megatron.model.mmar_model import build_model
 from mmar_megatron.parallel import ParallelGroups
 from mmar_megatron.training import checkpoint, manifest
+from mmar_megatron.training.building import build_engine
 from mmar_megatron.training.metrics import read_metrics
 
 SHEET_IMAGES = 16
@@ -107,11 +106,7 @@ def _load(config: Config, path: Path, *, average: bool) -> tuple[NativeEngine, D
     groups = parallel.initialize(config.parallel)
     platform.seed_everything(config.seed, tensor_rank=0)
     source = DataSource(config.data)
-    vocab_size = source.tokenizer.vocab_size
-    model = build_model(
-        config.model, geometry=ImageGeometry.of(source.codec), vocab_size=vocab_size, groups=groups, seed=config.seed
-    )
-    engine = NativeEngine(config, chunks=model, groups=groups)
+    engine = build_engine(config, source=source, groups=groups)
     checkpoint.load_weights(engine, path, average=average)
     return engine, source, groups
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from mmar_megatron import platform
 from mmar_megatron.config import CommandLine
 from mmar_megatron.data.batch import Batch
-from mmar_megatron.data.loader import TrainLoader
 from mmar_megatron.engine.base import Counts, Engine, StepResult
 from mmar_megatron.engine.optimizer import learning_rate
 from mmar_megatron.model.losses import NUM_BUCKETS, LossSums
@@ -24,6 +23,7 @@ from mmar_megatron.model.mmar_model import padded_vocab_size
 from mmar_megatron.parallel import ParallelGroups
 from mmar_megatron.scaling.flops import ModelShape, StepCounts, peak_flops, step_flops
 from mmar_megatron.training import checkpoint
+from mmar_megatron.training.building import build_loader
 from mmar_megatron.training.checkpoint import Progress
 from mmar_megatron.training.guard import TooManyBadSteps, judge
 from mmar_megatron.training.incidents import Incidents
@@ -59,17 +59,7 @@ class Trainer:
         self._bad_images = 0
         self.incidents = Incidents(self.run_dir, resume_step=self.progress.step, groups=groups)
         self.rank_times = RankTimes(groups)
-        self.loader = TrainLoader(
-            config.data,
-            seed=config.seed,
-            timestep_multiplier=config.model.head.timestep_multiplier,
-            micro_batch_size=config.train.micro_batch_size,
-            global_batch_size=config.train.global_batch_size,
-            data_parallel_rank=groups.data.rank(),
-            data_parallel_size=groups.data.size(),
-            start_sample=self.progress.consumed_samples,
-            pin_memory=platform.HAS_CUDA,
-        )
+        self.loader = build_loader(config, groups=groups, start_sample=self.progress.consumed_samples)
         source = self.loader.source
         if config.model.alignment_loss_weight > 0 and source.assemble([None], timestep_multiplier=1).teacher_MNF is None:
             raise ValueError(f"{config.data.path} holds no teacher features: set model.alignment_loss_weight to 0.")

@@ -14,9 +14,8 @@ from mmar_megatron.data.loader import DataSource, TrainLoader
 from mmar_megatron.data.prepare import make_shapes
 from mmar_megatron.engine.base import LossResult, StepResult
 from mmar_megatron.engine.native import NativeEngine
-from mmar_megatron.model.image_geometry import ImageGeometry
-from mmar_megatron.model.mmar_model import build_model
 from mmar_megatron.scaling.split import split_pipeline
+from mmar_megatron.training.building import build_engine, build_loader
 
 MODEL = [
     *("--model.backbone.num_layers", "4", "--model.backbone.hidden_size", "32", "--model.backbone.ffn_hidden_size", "64"),
@@ -50,23 +49,7 @@ def build(line: CommandLine) -> tuple[NativeEngine, TrainLoader, parallel.Parall
     platform.seed_everything(config.seed, tensor_rank=groups.tensor.rank())
     source = DataSource(config.data)
     config = split_pipeline(config, source)
-    model = build_model(
-        config.model,
-        geometry=ImageGeometry.of(source.codec),
-        vocab_size=source.tokenizer.vocab_size,
-        groups=groups,
-        seed=config.seed,
-    )
-    loader = TrainLoader(
-        config.data,
-        seed=config.seed,
-        timestep_multiplier=config.model.head.timestep_multiplier,
-        micro_batch_size=config.train.micro_batch_size,
-        global_batch_size=config.train.global_batch_size,
-        data_parallel_rank=groups.data.rank(),
-        data_parallel_size=groups.data.size(),
-    )
-    return NativeEngine(config, chunks=model, groups=groups), loader, groups
+    return build_engine(config, source=source, groups=groups), build_loader(config, groups=groups), groups
 
 
 def train(engine: NativeEngine, batches: Iterable, *, steps: int, microbatches: int, lr: float = 3e-3) -> list[StepResult]:

@@ -2,8 +2,8 @@
 
 Arguments: a directory, JSON [{name: {"options": [...], "faults": [[rank, step, kind, argument], ...]}, ...}, ...]. Groups of one
 round, a dictionary, run side by side. Ranks meet as under any launcher but torchrun: nobody ends the others when one dies. What
-rank 1 of the group called `name` writes goes to name.1.out and name.1.err in the directory; printed is JSON {name: [[exit status,
-seconds], ...]}, with an entry for each rank. Faults come with the data of their step:
+rank 1 of the group called `name` writes goes to name.1.out and name.1.err in the directory; printed is JSON {name: [exit status
+of each rank]}. Faults come with the data of their step:
 
     poison     one image is not a number
     swell      images are `argument` times as bright
@@ -38,7 +38,7 @@ from mmar_megatron.data.batch import Batch
 from mmar_megatron.data.loader import TrainLoader
 from mmar_megatron.data.shards import BadDataError
 from mmar_megatron.model.mmar_model import MMARModel
-from mmar_megatron.training import trainer, watchdog
+from mmar_megatron.training import building, watchdog
 from tests.integration.forked import run
 
 RANKS = 2
@@ -87,7 +87,7 @@ def inject(faults: list[Fault], *, rank: int) -> None:
         return forward(self, *args, **options)  # type: ignore[arg-type]
 
     MMARModel.forward = slow_forward  # type: ignore[method-assign]
-    trainer.TrainLoader = FaultyLoader  # type: ignore[misc]
+    building.TrainLoader = FaultyLoader  # type: ignore[misc]
     watchdog._MARGIN_S = 7.0  # not for those that wait for an end of a test
 
 
@@ -111,9 +111,9 @@ def free_port() -> int:
         return int(taken.getsockname()[1])
 
 
-def run_round(groups: dict[str, Any], directory: Path) -> dict[str, list[tuple[int, float]]]:
-    """How and when each rank of these groups ended; nothing of them is left."""
-    begin, endings, ranks = time.monotonic(), {name: [(0, 0.0)] * RANKS for name in groups}, {}
+def run_round(groups: dict[str, Any], directory: Path) -> dict[str, list[int]]:
+    """How each rank of these groups ended; nothing of them is left."""
+    endings, ranks = {name: [0] * RANKS for name in groups}, {}
     for name, group in groups.items():
         port = free_port()
         for rank in range(RANKS):
@@ -123,7 +123,7 @@ def run_round(groups: dict[str, Any], directory: Path) -> dict[str, list[tuple[i
         if child not in ranks:
             continue
         name, rank = ranks.pop(child)
-        endings[name][rank] = (os.waitstatus_to_exitcode(status), time.monotonic() - begin)
+        endings[name][rank] = os.waitstatus_to_exitcode(status)
         with suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)  # helpers of a rank that could not end them
     return endings

@@ -72,7 +72,6 @@ class Ending:
     """Of one rank."""
 
     code: int
-    seconds: float
     out: str
     err: str
 
@@ -113,11 +112,10 @@ def endings(data: Path, root: Path) -> dict[str, list[Ending]]:
         name: [
             Ending(
                 code=code,
-                seconds=seconds,
                 out=(written / f"{name}.{rank}.out").read_text(),
                 err=(written / f"{name}.{rank}.err").read_text(),
             )
-            for rank, (code, seconds) in enumerate(of_ranks)
+            for rank, code in enumerate(of_ranks)
         ]
         for name, of_ranks in json.loads(finished.stdout.splitlines()[-1]).items()
     }
@@ -239,7 +237,6 @@ def test_a_second_signal_ends_at_once(endings: dict[str, list[Ending]], root: Pa
     first, second = endings["signalled-twice"]
     assert (first.code, second.code) == (-TERM, 1)
     assert "the job's store is gone" in last_error(second)
-    assert second.seconds - first.seconds < 10
     assert checkpoints(root / "signalled-twice") == ["step_00000002"]
 
 
@@ -251,14 +248,12 @@ def test_a_rank_that_fails_ends_the_others_with_its_error(endings: dict[str, lis
     assert (failed.code, other.code) == (1, 1)
     assert failed.err.splitlines() == ["error: nothing can be read"]
     assert other.err.splitlines() == ["error: rank 0: BadDataError: nothing can be read"]
-    assert 0 < other.seconds - failed.seconds < 10, "launchers take the first to end for the cause"
 
 
 def test_a_rank_that_is_killed_ends_the_others(endings: dict[str, list[Ending]]) -> None:
     other, killed = endings["killed"]
     assert (killed.code, other.code) == (-KILL, 1)
     assert last_error(other).startswith("error: no sign of life from rank 1; rank 0: RuntimeError: ")
-    assert other.seconds - killed.seconds < 15
 
 
 def test_a_rank_that_hangs_ends_the_job_and_shows_where(endings: dict[str, list[Ending]]) -> None:
@@ -270,7 +265,6 @@ def test_a_rank_that_hangs_ends_the_job_and_shows_where(endings: dict[str, list[
     assert "faulty.py" in hanging.err
     (summary,) = [line for ending in (waiting, hanging) for line in ending.err.splitlines() if "rank 0 in step 3" in line]
     assert "rank 1 in loading the data of step 3" in summary
-    assert max(waiting.seconds, hanging.seconds) < 40
 
 
 def test_a_rank_that_lets_no_thread_run_ends_nevertheless(endings: dict[str, list[Ending]]) -> None:

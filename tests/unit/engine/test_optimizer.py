@@ -158,6 +158,23 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace(poison: float, dtype: str
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_a_step_that_is_judged_bad_leaves_no_trace(groups: ParallelGroups, batch: Batch) -> None:
+    engine = engine_of(groups, "--model.text_loss_weight=0.5", "--model.image_loss_weight=3")
+    before, state, seen = weights(engine), moments(engine), []
+
+    def judge(loss: float, grad_norm: float) -> str:
+        seen.append((loss, grad_norm))
+        return "odd"
+
+    result = engine.train_step([batch], learning_rate=1e-3, judge=judge)
+    assert (result.skipped, [(result.loss, result.grad_norm)]) == ("odd", seen)
+    assert result.loss == pytest.approx(float(0.5 * result.sums.text / 4 + 3 * result.sums.image / 6))
+    after, state_after = weights(engine), moments(engine)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    for name in state:
+        assert all(torch.equal(a, b) for a, b in zip(state_after[name], state[name], strict=True)), name
+
+
 def test_all_that_can_learn_moves(groups: ParallelGroups, batch: Batch) -> None:
     engine = engine_of(groups, *FEATURES, "--optimizer.weight_decay=0")
     before = weights(engine)
