@@ -173,6 +173,11 @@ def _check_pipeline(cfg: Namespace) -> None:
             f"parallel.pipeline_split {split} must be {pieces} numbers (one for each piece of the pipeline), none negative, that "
             f"add up to model.backbone.num_layers {layers}: change it.",
         )
+        # Its chunk would have no parameters, and megatron-core's checkpoints would lose it.
+        _require(
+            all(split[1:-1]),
+            f"parallel.pipeline_split {split} leaves a piece empty: only the first and the last may have no layers, change it.",
+        )
 
 
 def _check_data(cfg: Namespace) -> None:

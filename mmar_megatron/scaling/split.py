@@ -94,14 +94,14 @@ class PipelineCosts:
     def balanced(self, num_layers: int) -> list[int]:
         """Layers of each piece, such that stages differ least: the largest is as small as it can be, the smallest as large.
 
-        One layer after the other goes to the stage that has least to do, and there to the piece that has. While a layer costs the
-        same wherever it is, no other way gives a smaller sum of any convex function of the stages' costs (Federgruen and
-        Groenevelt, "The greedy procedure for resource allocation problems", Operations Research 34, 1986). That excludes
-        `recompute_method: block` with pieces of fewer layers than it repeats; there the largest stage is within a layer of the
-        smallest possible.
+        Each piece that has nothing else to do gets a layer. The rest go one by one to the stage that has least to do, and there
+        to the piece that has. While a layer costs the same wherever it is, no other way gives a smaller sum of any convex
+        function of the stages' costs (Federgruen and Groenevelt, "The greedy procedure for resource allocation problems",
+        Operations Research 34, 1986). That excludes `recompute_method: block` with pieces of fewer layers than it repeats; there
+        the largest stage is within a layer of the smallest possible.
         """
-        split = [0] * self.pieces
-        for _ in range(num_layers):
+        split = [int(0 < number < self.pieces - 1) for number in range(self.pieces)]
+        for _ in range(num_layers - sum(split)):
             costs = self.of_stages(split)
             # Of equal ones the later: an earlier stage keeps the activations of more microbatches.
             stage = min(reversed(range(self.stages)), key=costs.__getitem__)

@@ -20,6 +20,8 @@ LAYOUTS = {
     "TP2 SP": [*TP2, *SP],
     "PP2": PP2,
     "PP2 interleaved": INTERLEAVED,
+    "PP2 split 0 4": [*PP2, "--parallel.pipeline_split", "[0, 4]"],
+    "PP2 interleaved split 0 2 2 0": [*INTERLEAVED, "--parallel.pipeline_split", "[0, 2, 2, 0]"],
     "DP2": [],
     "DP2 overlap": [*BUCKETS, "--parallel.overlap_param_gather", "true"],
 }

@@ -90,6 +90,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "too many layers": ([*PP2, "--parallel.pipeline_split=[2,3]"], r"\[2, 3\] must be 2 numbers .* add up to .* 4: change it"),
     "fewer layers than none": ([*PP2, "--parallel.pipeline_split=[5,-1]"], r"\[5, -1\] must be 2 numbers .*, none negative"),
+    "an empty piece": (
+        [*INTERLEAVED, "--parallel.pipeline_split=[1,0,3,0]"],
+        r"\[1, 0, 3, 0\] leaves a piece empty: only the first",
+    ),
     "gather without reduce": (
         ["--parallel.overlap_param_gather=true"],
         r"overlap_param_gather needs parallel\.overlap_grad_reduce: switch that on too",
@@ -172,7 +176,7 @@ def test_sizes_of_the_backbone_must_be_given(name: str) -> None:
         [*TP2, *INTERLEAVED, "--parallel.sequence_parallel=true"],
         [*PP2, "--model.backbone.num_layers=5", "--model.backbone.num_layers_in_first_pipeline_stage=2"],
         [*PP2, "--model.backbone.num_layers=5", "--parallel.pipeline_split=auto"],
-        [*INTERLEAVED, "--parallel.pipeline_split=[4,0,0,0]"],
+        [*INTERLEAVED, "--parallel.pipeline_split=[0,3,1,0]"],
         ["--parallel.pipeline_split=auto"],
         ["--parallel.overlap_param_gather=true", "--parallel.overlap_grad_reduce=true"],
         ["--data.sequence_length=69"],
