@@ -39,7 +39,7 @@ HELPERS_LIMIT_S = 3.0
 POLL_S = 0.004
 
 _PORTS = range(20000, 32768)
-"""Where ranks meet: below those that Linux gives to outgoing connections, of which one, even a rank's own, could have taken it."""
+"""Where ranks meet: below those that Linux gives to outgoing connections, of which even a rank's own could have taken it."""
 _PR_SET_CHILD_SUBREAPER = 36
 _STEP_LINE = re.compile(r"^step +(\d+)/", re.MULTILINE)
 _RESUME_LINE = re.compile(r"^continues (.+) at step (\d+)$", re.MULTILINE)
