@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import random
 import re
 import signal
 import socket
@@ -37,6 +38,8 @@ HELPERS_LIMIT_S = 3.0
 """For processes that a rank started and that outlive it."""
 POLL_S = 0.004
 
+_PORTS = range(20000, 32768)
+"""Where ranks meet: below those that Linux gives to outgoing connections, of which even a rank's own could have taken it."""
 _PR_SET_CHILD_SUBREAPER = 36
 _STEP_LINE = re.compile(r"^step +(\d+)/", re.MULTILINE)
 _RESUME_LINE = re.compile(r"^continues (.+) at step (\d+)$", re.MULTILINE)
@@ -275,12 +278,15 @@ def _be_rank(main: Main, options: list[str], environment: dict[str, str], log: P
 
 
 def _environments(nproc: int) -> list[dict[str, str]]:
-    """What a launcher sets for each rank; they meet at a port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    """What a launcher sets for each rank."""
+    port = next(port for port in random.sample(_PORTS, len(_PORTS)) if _is_free(port))
     job = {"WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     return [job | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(nproc)]
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 def _first(moments: dict[int, float], step: int) -> float | None:
