@@ -6,6 +6,7 @@ by the shims below. It must run before anything imports megatron; `mmar_megatron
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import random
@@ -25,6 +26,9 @@ import mmar_megatron
 HAS_CUDA = torch.cuda.is_available()
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Which ask a run to stop. Terminals, torchrun and schedulers send them to all processes of a run, its helpers included."""
+
+
+_PR_SET_PDEATHSIG = 1
 
 
 def device() -> torch.device:
@@ -71,6 +75,11 @@ def versions() -> dict[str, str]:
         "megatron_core": megatron.core.__version__,
         "torch": torch.__version__,
     }
+
+
+def die_with_parent() -> None:
+    """Have this process killed when the one that started it dies, however it dies: a helper is of no use then (Linux alone)."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def launched() -> bool:

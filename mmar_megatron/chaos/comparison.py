@@ -1,4 +1,4 @@
-"""Two runs, step by step."""
+"""Two runs, step by step, but for what a clock decides."""
 
 from __future__ import annotations
 
@@ -6,13 +6,7 @@ from collections import Counter
 from itertools import pairwise
 from typing import Any
 
-CLOCKED = frozenset(
-    {
-        *("step_time_s", "samples_per_second", "tokens_per_second", "tflops_per_device", "mfu"),
-        *("rank_time_mean_s", "rank_time_max_s", "slowest_rank"),
-    }
-)
-"""Columns of metrics.jsonl that a clock decides. All others must be equal to the last printed digit."""
+from mmar_megatron.training.metrics import CLOCKED
 
 Row = dict[str, Any]
 

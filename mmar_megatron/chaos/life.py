@@ -98,10 +98,10 @@ class Life:
         self._seen = _Seen()
         self._reported = ""  # by the rank that reports, which is the last
         self._began = time.monotonic()
-        context, environments = multiprocessing.get_context("fork"), _environments(nproc)
+        context = multiprocessing.get_context("fork")
         self._ranks = [
             context.Process(target=_be_rank, args=(main, options, environment, log))
-            for environment, log in zip(environments, self.logs, strict=True)
+            for environment, log in zip(environments(nproc), self.logs, strict=True)
         ]
         for process in self._ranks:
             process.start()
@@ -277,7 +277,7 @@ def _be_rank(main: Main, options: list[str], environment: dict[str, str], log: P
     main(options)
 
 
-def _environments(nproc: int) -> list[dict[str, str]]:
+def environments(nproc: int) -> list[dict[str, str]]:
     """What a launcher sets for each rank."""
     port = next(port for port in random.sample(_PORTS, len(_PORTS)) if _is_free(port))
     job = {"WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}

@@ -27,7 +27,7 @@ from mmar_megatron.data.draw import Permutation, Use, draw_mask, draw_mask_ratio
 from mmar_megatron.data.sequence import Document, DocumentBuilder, DocumentImage, assemble
 from mmar_megatron.data.shards import BadDataError, Index, Sample, ShardReader, Split
 from mmar_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from mmar_megatron.platform import STOP_SIGNALS
+from mmar_megatron.platform import STOP_SIGNALS, die_with_parent
 
 if TYPE_CHECKING:
     from mmar_megatron.config import DataConfig
@@ -265,7 +265,8 @@ class TrainLoader:
 
 
 def _outlive_stop_signals(worker: int) -> None:
-    """Let a worker end when the trainer says so: stop signals reach all processes of a run, and the last step needs its data."""
+    """Let a worker end when the trainer ends or says so: stop signals reach all processes, and the last step needs its data."""
+    die_with_parent()  # and with it its copies of the trainer's connections, by which others see that the trainer is gone
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     Thread(target=_end_with_parent, daemon=True).start()
 

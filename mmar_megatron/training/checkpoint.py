@@ -46,6 +46,8 @@ class Progress:
     """Of the skipped steps, those up to here without a good one between."""
     recent_losses: tuple[float, ...] = ()
     """Of the last `train.spike_window` good steps, oldest first."""
+    interrupted: bool = False
+    """A signal left no time for the validation and preview that were due at this step."""
 
 
 # --- which there are ------------------------------------------------------------------------------------------------------------

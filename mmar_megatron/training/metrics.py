@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 
 Metrics = Mapping[str, float | None]
+
+CLOCKED = frozenset(
+    {
+        *("step_time_s", "samples_per_second", "tokens_per_second", "tflops_per_device", "mfu"),
+        *("rank_time_mean_s", "rank_time_max_s", "slowest_rank"),
+    }
+)
+"""Columns that a clock decides. All others are the same, to the last printed digit, however often a run was interrupted."""
 
 
 def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
@@ -73,8 +81,9 @@ class MetricsWriter:
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         self._last_step = -1 if resume_step is None else resume_step
-        keep_until(run_dir / METRICS_FILE, self._last_step)
-        self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
+        self._path = run_dir / METRICS_FILE
+        keep_until(self._path, self._last_step)
+        self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=self._last_step + 1)
 
     def write(self, metrics: Metrics, *, step: int) -> None:
@@ -86,6 +95,22 @@ class MetricsWriter:
         self._file.write(json.dumps({"step": step, **finite_or_none(metrics)}, allow_nan=False) + "\n")
         self._file.flush()
         self.scalars(metrics, step=step)
+
+    def amend(self, metrics: Metrics, *, step: int) -> None:
+        """Adds what was not known of the last logged step when it was logged; if interrupted, nothing."""
+        if self._board is None:
+            return
+        rows = {row["step"]: row for row in read_rows(self._path)}
+        rows[step] = rows.get(step, {"step": step}) | finite_or_none(metrics)
+        self._file.close()
+        _rewrite(self._path, rows.values())
+        self._file = self._path.open("a", encoding="utf-8")
+        self.scalars(metrics, step=step)
+
+    def sync(self) -> None:
+        """Has all rows on the disk: before a checkpoint is saved, that a machine which dies cannot lose what led to it."""
+        if self._board is not None:
+            os.fsync(self._file.fileno())
 
     def scalars(self, values: Metrics, *, step: int) -> None:
         """To TensorBoard alone: details such as the loss by mask ratio. A value of None is left out."""
@@ -118,10 +143,13 @@ def keep_until(path: Path, last_step: int) -> None:
     """Drops from a file of rows what was logged after `last_step`, and a torn last line; if interrupted, nothing."""
     if not path.exists():
         return
-    kept = [row for row in read_rows(path) if row["step"] <= last_step]
+    _rewrite(path, [row for row in read_rows(path) if row["step"] <= last_step])
+
+
+def _rewrite(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     partial = path.with_suffix(".jsonl.partial")
     with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in kept)
+        file.writelines(json.dumps(row) + "\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

@@ -307,6 +307,7 @@ class _Save:
         shutil.rmtree(old, ignore_errors=True)
 
     def _in_background(self, sender: Connection) -> None:
+        platform.die_with_parent()
         gc.disable()  # collecting what the training process holds would free GPU memory from here
         sender.send(self._attempt())
         sender.close()

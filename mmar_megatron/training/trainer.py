@@ -94,6 +94,7 @@ class Trainer:
         counts_in_window = torch.zeros(3, device=platform.device())
         stop = None
         with StopRequest(self.groups) as request, closing(iter(self.loader)) as batches:
+            self._catch_up(writer)
             while self.progress.step < total and stop is None:
                 rate = learning_rate(self.progress.step, config=config.optimizer, total_steps=total)
                 result = self._step(batches, learning_rate=rate)
@@ -101,34 +102,42 @@ class Trainer:
                 step = self.progress.step
 
                 stop = request.agreed()
-                if stop is not None:
-                    with throughput.paused():
-                        self._save()  # before all else, for who sent the signal may not wait long
-                        self.checkpoints.flush()
                 validate, preview, save = map(self._due, (config.validation.every, config.preview.every, config.checkpoint.every))
+                # Validation and preview are left to the next start, for who sent the signal may not wait for them.
+                self.progress = replace(self.progress, interrupted=stop is not None)
                 if validate or step % config.train.log_every == 0 or step == total:
                     metrics = self._metrics(result, learning_rate=rate)
                     self._count(throughput, counts_in_window)
                     metrics |= throughput.report() | self.rank_times.report()
                     with throughput.paused():
-                        metrics |= self._validate() if validate else {}
+                        metrics |= self._validate() if validate and stop is None else {}
                         writer.write(metrics, step=step)
                         writer.scalars(_bucket_scalars(result.sums), step=step)
                     self._say(line.line(metrics, step=step))
                     self._report_bad_images()
                 with throughput.paused():
-                    if preview:
+                    if preview and stop is None:
                         self._preview(writer)
                     self.checkpoints.poll()
-                    if save and stop is None:
+                    if save or stop is not None:
+                        writer.sync()
                         self._save()
             self.watchdog.beat("waiting for checkpoints to be written")
             self.checkpoints.close()
         writer.close()
-        if stop is not None and self.progress.step < total:
+        if stop is not None:
             self._say(f"{stop.name}: {self.run_dir} stands at step {self.progress.step}; the same command goes on from there")
         else:
             self._say(f"{self.run_dir} stands at step {self.progress.step}, the last of train.steps {total}")
+
+    def _catch_up(self, writer: MetricsWriter) -> None:
+        """What was due at the step that is continued, where a signal left no time for it."""
+        if not self.progress.interrupted:
+            return
+        if self._due(self.config.validation.every):
+            writer.amend(self._validate(), step=self.progress.step)
+        if self._due(self.config.preview.every):
+            self._preview(writer)
 
     def _step(self, batches: Iterator[Batch], *, learning_rate: float) -> StepResult:
         """One step, and what is to be said if it was skipped."""

@@ -21,7 +21,6 @@ import ctypes
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -34,6 +33,7 @@ from typing import Any
 import torch.utils.tensorboard  # noqa: F401  imported late by what writes metrics, and for seconds
 from torch import nn
 
+from mmar_megatron.chaos.life import environments
 from mmar_megatron.data.batch import Batch
 from mmar_megatron.data.loader import TrainLoader
 from mmar_megatron.data.shards import BadDataError
@@ -91,33 +91,25 @@ def inject(faults: list[Fault], *, rank: int) -> None:
     watchdog._MARGIN_S = 7.0  # not for those that wait for an end of a test
 
 
-def start(rank: int, *, port: int, written: Path, options: list[str], faults: list[Fault]) -> int:
+def start(rank: int, *, environment: dict[str, str], written: Path, options: list[str], faults: list[Fault]) -> int:
     """Fork a rank. Returns its process id."""
     child = os.fork()
     if child == 0:
         os.setsid()
         for descriptor, suffix in ((1, "out"), (2, "err")):
             os.dup2(os.open(written.with_name(f"{written.name}.{rank}.{suffix}"), os.O_WRONLY | os.O_CREAT), descriptor)
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= environment
         inject(faults, rank=rank)
         sys.exit(run(options))
     return child
-
-
-def free_port() -> int:
-    """Of the loopback device."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 def run_round(groups: dict[str, Any], directory: Path) -> dict[str, list[int]]:
     """How each rank of these groups ended; nothing of them is left."""
     endings, ranks = {name: [0] * RANKS for name in groups}, {}
     for name, group in groups.items():
-        port = free_port()
-        for rank in range(RANKS):
-            ranks[start(rank, port=port, written=directory / name, **group)] = (name, rank)
+        for rank, environment in enumerate(environments(RANKS)):
+            ranks[start(rank, environment=environment, written=directory / name, **group)] = (name, rank)
     while ranks:
         child, status = os.wait()
         if child not in ranks:

@@ -30,7 +30,21 @@ SHORT = [
     *("--train.steps", "6", "--train.log_every", "1", "--validation.every", "0", "--preview.every", "0"),
     *("--checkpoint.every", "0"),
 ]
-GUARDED = ["--checkpoint.every", "5", "--train.spike_zscore", "6", "--train.spike_window", "2", "--train.max_bad_steps", "3"]
+LOOKED_AT = [
+    *("--validation.every", "4", "--validation.samples", "4", "--preview.every", "4", "--preview.images", "1"),
+    *("--preview.rounds", "1", "--preview.sampling_steps", "1"),
+]
+GUARDED = [
+    *LOOKED_AT,
+    "--checkpoint.every",
+    "5",
+    "--train.spike_zscore",
+    "6",
+    "--train.spike_window",
+    "2",
+    "--train.max_bad_steps",
+    "3",
+]
 Fault = tuple[int, int, str, float]
 """Rank, step, kind and its argument, as in `faulty.py`."""
 BAD_STEPS: list[Fault] = [(1, 3, "poison", 0), (0, 4, "poison", 0), (1, 6, "swell", 50)]
@@ -218,6 +232,9 @@ def test_a_run_that_was_stopped_between_bad_steps_equals_one_that_was_not(ending
     assert codes(endings["stopped-resumed"]) == [0, 0]
     whole, resumed = root / "whole", root / "stopped"
     assert rows(resumed) == rows(whole)
+    assert "val_loss_text" in rows(whole)[3], "validation must have been due where the run was stopped"
+    preview = "previews/step_00000004.png"
+    assert (resumed / preview).read_bytes() == (whole / preview).read_bytes()
     assert read_rows(resumed / "incidents.jsonl") == read_rows(whole / "incidents.jsonl")
     assert_equal(saved(resumed, 6), saved(whole, 6))
     manifests = [json.loads((run / "checkpoints/step_00000006/manifest.json").read_text()) for run in (whole, resumed)]
