@@ -16,4 +16,6 @@ if ((nproc == 1)); then
   exec python pretrain_mmar.py "$@"
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec torchrun --standalone --nproc_per_node "$nproc" pretrain_mmar.py "$@"
+# Signals that ask to stop reach the processes, which have two minutes to save.
+exec torchrun --standalone --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout 120 \
+  --nproc_per_node "$nproc" pretrain_mmar.py "$@"
