@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import queue
 import secrets
 import shutil
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from operator import itemgetter
@@ -44,6 +46,7 @@ from mmar_megatron.training.manifest import FileRecord
 from mmar_megatron.training.signals import sheltered
 
 BACKEND, BACKEND_VERSION = "torch_dist", 1
+_STANDARD_STREAMS = (0, 1, 2)
 
 
 class SaveError(Exception):
@@ -309,7 +312,9 @@ class _Save:
     def _in_background(self, sender: Connection) -> None:
         platform.die_with_parent()
         gc.disable()  # collecting what the training process holds would free GPU memory from here
-        sender.send(self._attempt())
+        _close_files_but(sender.fileno())
+        with suppress(BrokenPipeError):  # nobody waits for this any more
+            sender.send(self._attempt())
         sender.close()
 
     def _attempt(self) -> _Written | str:
@@ -350,6 +355,19 @@ class _Save:
                 torch.save(content, self.partial / name)
         save_config(CheckpointingConfig(BACKEND, BACKEND_VERSION), str(self.partial))
         return [*self.small, CONFIG_FNAME]
+
+
+def _close_files_but(needed: int) -> None:
+    """Let go of what a fork has inherited, but for the standard streams.
+
+    A connection ends when nobody holds it any more: while a writer held the sockets of a training process that was killed, the
+    other ranks would not learn of its end, and its port could not be used again. Nor would the writer learn that nobody reads
+    its answer, for it would hold that end of the pipe itself.
+    """
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        if descriptor not in (*_STANDARD_STREAMS, needed):
+            with suppress(OSError):  # of the listing itself
+                os.close(descriptor)
 
 
 def _reason(error: BaseException) -> str:

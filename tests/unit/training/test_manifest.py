@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,3 +78,13 @@ def test_several_readers_share_the_files(written: Path) -> None:
     parts = [manifest.problems(written, rank=rank, ranks=2) for rank in range(2)]
     assert [len(part) for part in parts] == [2, 0]  # a.bin and c/d.bin are the first and the third
     assert sorted(parts[0]) == sorted(manifest.problems(written))
+
+
+def test_reading_does_not_flush(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems that are only read, squashfs among them, refuse it."""
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    assert manifest.problems(written) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from mmar_megatron.config import CheckpointConfig
 from mmar_megatron.data.tokenizer import Tokenizer
 from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.parallel import ParallelGroups
-from mmar_megatron.training import checkpoint, manifest
+from mmar_megatron.training import checkpoint, manifest, saving
 from mmar_megatron.training.checkpoint import Progress
 from mmar_megatron.training.saving import CheckpointWriter, SaveError, delete_old
 from tests.unit.tiny import Documents, engine_of, weights
@@ -46,6 +47,21 @@ class Run:
 @pytest.fixture(scope="module")
 def engine(groups: ParallelGroups) -> NativeEngine:
     return engine_of(groups, "--optimizer.ema_decay=0.9")
+
+
+@pytest.fixture
+def gate(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that writers wait for before they write."""
+    path, write = tmp_path_factory.mktemp("gate") / "open", saving._Save._write
+
+    def write_when_open(save: saving._Save) -> saving._Written:
+        deadline = time.monotonic() + 60
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return write(save)
+
+    monkeypatch.setattr(saving._Save, "_write", write_when_open)
+    return path
 
 
 @contextmanager
@@ -155,7 +171,9 @@ def test_a_later_save_that_works_makes_up_for_it(tmp_path: Path, engine: NativeE
     assert run.saved() == [2]
 
 
-def test_a_background_writer_that_dies_is_reported(tmp_path: Path, engine: NativeEngine, groups: ParallelGroups) -> None:
+def test_a_background_writer_that_dies_is_reported(
+    gate: Path, tmp_path: Path, engine: NativeEngine, groups: ParallelGroups
+) -> None:
     run = Run(tmp_path, engine=engine, groups=groups, async_save=True)
     run.save(1)
     process = run.writer._under_way[0]._process
@@ -165,12 +183,31 @@ def test_a_background_writer_that_dies_is_reported(tmp_path: Path, engine: Nativ
     assert run.everything() == []
 
 
-def test_signals_that_stop_training_do_not_stop_a_save(tmp_path: Path, engine: NativeEngine, groups: ParallelGroups) -> None:
+def test_signals_that_stop_training_do_not_stop_a_save(
+    gate: Path, tmp_path: Path, engine: NativeEngine, groups: ParallelGroups
+) -> None:
     run = Run(tmp_path, engine=engine, groups=groups, async_save=True)
     run.save(1)
-    time.sleep(0.2)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         os.kill(run.writer._under_way[0]._process.pid, number)
+    gate.touch()
+    run.writer.close()
+    assert run.saved() == [1]
+
+
+def test_a_background_writer_keeps_no_connection_of_the_training_process(
+    gate: Path, tmp_path: Path, engine: NativeEngine, groups: ParallelGroups
+) -> None:
+    """If that is killed, the other ranks learn of it when the connection ends."""
+    ours, theirs = socket.socketpair()
+    theirs.settimeout(20)
+    run = Run(tmp_path, engine=engine, groups=groups, async_save=True)
+    run.save(1)
+    ours.close()
+    assert theirs.recv(1) == b""
+    assert not run.writer._under_way[0].is_written()
+    theirs.close()
+    gate.touch()
     run.writer.close()
     assert run.saved() == [1]
 
