@@ -220,7 +220,7 @@ class TrainConfig:
     spike_window: int = 128
     """Good steps that are recent."""
     hang_timeout_s: float = 1800.0
-    """Seconds without progress after which a rank is taken to hang and ends the run; 0: it may wait for ever."""
+    """Seconds without progress after which a rank is taken to hang and ends the run; 0: collectives fail after an hour."""
 
 
 @dataclass(kw_only=True)

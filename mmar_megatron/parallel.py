@@ -54,7 +54,7 @@ class ParallelGroups:
 
     @contextmanager
     def fail_together(self) -> Iterator[None]:
-        """What may fail on some ranks (a full disk, a missing permission) then fails on all, with the first one's error.
+        """What may fail on some ranks (a full disk, a permission) then fails on all: the others have the first one's error.
 
         The others would otherwise wait for it in their next collective. Within the block none may come after what fails.
         """
@@ -66,7 +66,7 @@ class ParallelGroups:
         errors: list[Exception | None] = [None] * self.world_size
         torch.distributed.all_gather_object(errors, mine, group=self.control)
         if first := next((error for error in errors if error is not None), None):
-            raise first
+            raise mine or first  # its own has a traceback
 
     @property
     def is_first_stage(self) -> bool:

@@ -1,8 +1,8 @@
 """The exponential moving average of the weights, fp32, in the shards of megatron-core's distributed optimizer.
 
 Each data-parallel rank averages just the piece of each parameter that it also updates, so the average costs 4 bytes a parameter
-divided by the data-parallel ranks, and no communication. Only for a checkpoint are the pieces put together, to tensors of the
-model's shapes under the model's names behind `AVERAGE_PREFIX`: these load in any layout, and in place of the weights.
+divided by the data-parallel ranks, and no communication. Only for a checkpoint are the pieces put together, on the host, to
+tensors of the model's shapes under its names behind `AVERAGE_PREFIX`: these load in any layout, and in place of the weights.
 """
 
 from __future__ import annotations
@@ -53,17 +53,19 @@ class WeightAverage:
 
     @torch.no_grad()
     def whole(self) -> dict[nn.Parameter, Tensor]:
-        """The average of each of this rank's parameters, in its shape. All data-parallel ranks call it together."""
-        whole = self.room()
+        """The average of each of this rank's parameters, in its shape, on the host. All data-parallel ranks call it together."""
+        whole = {}
         for part, parameter, piece in self._pieces():
+            one = torch.zeros(parameter.shape, device=parameter.device)
             if piece is not None:
-                whole[parameter].view(-1)[piece[0]] = piece[1]
-            torch.distributed.all_reduce(whole[parameter], group=part.data_parallel_group)
+                one.view(-1)[piece[0]] = piece[1]
+            torch.distributed.all_reduce(one, group=part.data_parallel_group)
+            whole[parameter] = one.cpu()  # the device would hold all of them, 4 bytes for each parameter
         return whole
 
     def room(self) -> dict[nn.Parameter, Tensor]:
         """Zeros in the shapes of `whole`, to be filled and given to `load`."""
-        return {parameter: torch.zeros(parameter.shape, device=parameter.device) for _, parameter, _ in self._pieces()}
+        return {parameter: torch.zeros(parameter.shape, device="cpu") for _, parameter, _ in self._pieces()}
 
     @torch.no_grad()
     def load(self, whole: dict[nn.Parameter, Tensor], *, updates: int) -> None:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -32,6 +32,7 @@ from mmar_megatron.training import manifest
 from mmar_megatron.training.manifest import MANIFEST
 
 CONFIG = "config.yaml"
+_T = TypeVar("_T")
 _NAME = re.compile(r"step_(\d{8})")
 
 
@@ -79,20 +80,26 @@ def newest_good(
         run_dir: a run's directory.
         groups: of a job whose ranks call this together and share the reading; none: this process alone.
         set_aside: give damaged ones another name, so that the next start does not read them again. They are never deleted.
-        say: is told of each damaged one.
+        say: is told of each one that is passed over.
 
     Raises:
-        ValueError: there are some, but none is good.
+        ValueError: there are some, but none is good; or not all ranks see the same.
     """
-    found = _as_seen_by_one(under_final_names(run_dir), groups=groups)
+    if set_aside and _is_first(groups):
+        restore_replaced(run_dir)
+    found = _seen_by_all(run_dir, groups=groups)
     for path in reversed(found):
-        wrong = problems(path, groups=groups)
+        try:
+            wrong = problems(path, groups=groups)
+        except OSError as error:
+            say(f"the checkpoint {path} cannot be read: {error}")
+            continue
         if not wrong:
             return path
         say(f"the checkpoint {path} is damaged: {'; '.join(wrong[:3])}" + (f"; and {len(wrong) - 3} more" * (len(wrong) > 3)))
-        if set_aside and (groups is None or torch.distributed.get_rank() == 0):
-            _set_aside(path)
-    if found or _as_seen_by_one(sorted(Path(run_dir, "checkpoints").glob("step_*.damaged*")), groups=groups):
+        if set_aside and _is_first(groups):
+            put_aside(path)
+    if found or any(Path(run_dir, "checkpoints").glob("step_*.damaged*")):
         raise ValueError(
             f"No checkpoint in {run_dir} is good, so the run cannot go on: bring one back, or begin in another run_dir."
         )
@@ -103,10 +110,11 @@ def resolve(path: str | Path, *, groups: ParallelGroups | None = None, say: Call
     """The checkpoint that a path means: itself, or the newest good one of a run directory. Arguments as `newest_good`'s.
 
     Raises:
-        ValueError: there is none, or it is damaged.
+        ValueError: there is none, or it is damaged, or not all ranks see the same.
     """
     path = Path(path)
-    if _NAME.fullmatch(path.name) or (path / MANIFEST).exists():
+    is_one = path.is_dir() and (_NAME.fullmatch(path.name) is not None or (path / MANIFEST).exists())
+    if _as_first_sees(is_one, groups=groups):
         if wrong := problems(path, groups=groups):
             raise ValueError(f"The checkpoint {path} is damaged ({wrong[0]}): give another one.")
         return path
@@ -117,29 +125,82 @@ def resolve(path: str | Path, *, groups: ParallelGroups | None = None, say: Call
 
 
 def problems(path: Path, *, groups: ParallelGroups | None = None) -> list[str]:
-    """What is wrong with a checkpoint; the ranks of a job read a part each, and all get the whole answer."""
+    """What is wrong with a checkpoint; the ranks of a job read a part each, and all get the same answer.
+
+    Raises:
+        OSError: the storage does not give what it has, to one of them at least.
+        ValueError: one finds it damaged, and rank 0 does not: they do not see the same storage.
+    """
     if groups is None:
         return manifest.problems(path)
-    found: list[list[str]] = [[] for _ in range(groups.world_size)]
-    mine = manifest.problems(path, rank=torch.distributed.get_rank(), ranks=groups.world_size)
+    rank, found = torch.distributed.get_rank(), [list[str]() for _ in range(groups.world_size)]
+    with groups.fail_together():
+        mine = manifest.problems(path, rank=rank, ranks=groups.world_size)
     torch.distributed.all_gather_object(found, mine, group=groups.control)
-    return list(dict.fromkeys(problem for part in found for problem in part))
+    suspicious = next((rank for rank, wrong in enumerate(found) if wrong), None)
+    if suspicious is None:
+        return []
+    # A machine without its mount misses every file: only what rank 0 finds too is damage, for it may set the checkpoint aside.
+    with groups.fail_together():
+        confirmed = manifest.problems(path) if rank == 0 else []
+        if rank == 0 and not confirmed:
+            raise ValueError(
+                f"Rank {suspicious} finds the checkpoint {path} damaged ({found[suspicious][0]}) and rank 0 does not: "
+                "see that all machines have the same storage at this place."
+            )
+    return _as_first_sees(confirmed, groups=groups)
 
 
-def _as_seen_by_one(paths: list[Path], *, groups: ParallelGroups | None) -> list[Path]:
-    """What rank 0 lists: on network storage another rank may still see what was there a moment ago."""
-    if groups is not None:
-        torch.distributed.broadcast_object_list(seen := [paths], group=groups.control)
-        (paths,) = seen
-    return paths
-
-
-def _set_aside(path: Path) -> None:
+def put_aside(path: Path) -> None:
+    """Give a damaged checkpoint another name."""
     names = (path.with_name(f"{path.name}.damaged{suffix}") for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
     try:
         path.rename(next(name for name in names if not name.exists()))
     except OSError:
         return  # of storage that cannot be written, where saving will complain soon enough; for reading it is good
+
+
+def replaced(path: Path) -> Path:
+    """Where a checkpoint stands while another one takes its name."""
+    return path.with_name(f"{path.name}.replaced")
+
+
+def restore_replaced(run_dir: str | Path) -> None:
+    """Give back its name to a checkpoint that was to be replaced when the process was killed."""
+    for old in Path(run_dir, "checkpoints").glob("step_*.replaced"):
+        if not old.with_suffix("").exists():
+            old.rename(old.with_suffix(""))
+
+
+def _seen_by_all(run_dir: str | Path, *, groups: ParallelGroups | None) -> list[Path]:
+    """What stands under a checkpoint's name as rank 0 sees it: another rank may still see what network storage had before.
+
+    Raises:
+        ValueError: some ranks see nothing there.
+    """
+    mine = under_final_names(run_dir)
+    if groups is None:
+        return mine
+    seen: list[list[Path]] = [[] for _ in range(groups.world_size)]
+    torch.distributed.all_gather_object(seen, mine, group=groups.control)
+    blind = [rank for rank, paths in enumerate(seen) if not paths]
+    if 0 < len(blind) < len(seen):
+        raise ValueError(
+            f"Rank {blind[0]} sees no checkpoint in {run_dir} and others do: see that all machines have the same storage there."
+        )
+    return seen[0]
+
+
+def _as_first_sees(value: _T, *, groups: ParallelGroups | None) -> _T:
+    """Rank 0's value."""
+    if groups is not None:
+        torch.distributed.broadcast_object_list(shared := [value], group=groups.control)
+        (value,) = shared
+    return value
+
+
+def _is_first(groups: ParallelGroups | None) -> bool:
+    return groups is None or torch.distributed.get_rank() == 0
 
 
 # --- going on -------------------------------------------------------------------------------------------------------------------

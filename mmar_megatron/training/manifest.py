@@ -49,15 +49,16 @@ def read(directory: Path) -> dict[str, Any]:
     """The manifest of a checkpoint.
 
     Raises:
-        ValueError: it is missing, unreadable, or not what was written.
+        ValueError: it is missing, or not what was written.
+        OSError: the storage does not give it.
     """
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
         digest = manifest.pop("sha256")
     except FileNotFoundError as error:
         raise ValueError(f"{MANIFEST} is missing") from error
-    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
-        raise ValueError(f"{MANIFEST} cannot be read") from error
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise ValueError(f"{MANIFEST} makes no sense") from error
     if digest != _digest(manifest):
         raise ValueError(f"{MANIFEST} is not what was written")
     return manifest
@@ -66,7 +67,10 @@ def read(directory: Path) -> dict[str, Any]:
 def problems(directory: Path, *, rank: int = 0, ranks: int = 1) -> list[str]:
     """What is wrong with a checkpoint; empty where every byte is as it was written.
 
-    Reading all of it takes as long as reading all of it: `ranks` processes may share the files among them.
+    That takes as long as reading all of it: `ranks` processes may share the files among them.
+
+    Raises:
+        OSError: the storage does not give what it has, which says nothing of the checkpoint.
     """
     try:
         files = sorted(read(directory)["files"].items())
@@ -85,8 +89,6 @@ def _differences(directory: Path, files: Iterable[tuple[str, FileRecord]]) -> It
                 yield f"{name} has other content than was written"
         except FileNotFoundError:
             yield f"{name} is missing"
-        except OSError as error:
-            yield f"{name} cannot be read ({error.strerror})"
 
 
 def flush_directory(directory: Path) -> None:

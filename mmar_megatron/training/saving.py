@@ -71,9 +71,10 @@ class CheckpointWriter:
         self._publishes = torch.distributed.get_rank() == 0
         self._under_way: deque[_Save] = deque()
         self._failure: str | None = None
-        self._deletion: Future[None] | None = None
+        self._deletions: deque[Future[None]] = deque()
         self._deleter = ThreadPoolExecutor(max_workers=1)
         if self._publishes:
+            checkpoint.restore_replaced(run_dir)
             for leftover in Path(run_dir, "checkpoints").glob(".step_*"):  # of a life of the run that was cut short
                 shutil.rmtree(leftover, ignore_errors=True)
 
@@ -99,7 +100,7 @@ class CheckpointWriter:
         """Publish what has been written meanwhile; to be called between steps. Raises as `save` does."""
         while self._under_way and self._is_written(self._under_way[0]):
             self._publish(self._under_way.popleft())
-        if self._deletion is not None and self._deletion.done():
+        while self._deletions and self._deletions[0].done():
             self._report_deletion()
 
     def flush(self) -> None:
@@ -115,7 +116,7 @@ class CheckpointWriter:
         """
         self.flush()
         self._deleter.shutdown(wait=True)
-        if self._deletion is not None:
+        while self._deletions:
             self._report_deletion()
         if self._failure is not None:
             raise SaveError(self._failure)
@@ -181,7 +182,7 @@ class CheckpointWriter:
         self._failure = None
         if self._publishes and self._config.keep_last:
             keep = {"keep_last": self._config.keep_last, "keep_every": self._config.keep_every}
-            self._deletion = self._deleter.submit(delete_old, self._run_dir, newest=final, **keep)
+            self._deletions.append(self._deleter.submit(delete_old, self._run_dir, newest=final, **keep))
 
     def _discard(self, partial: Path) -> None:
         if self._publishes:
@@ -194,10 +195,8 @@ class CheckpointWriter:
         self._say(f"{self._failure}; training goes on, and the checkpoints before are untouched")
 
     def _report_deletion(self) -> None:
-        assert self._deletion is not None
-        if error := self._deletion.exception():
+        if error := self._deletions.popleft().exception():
             print(f"no old checkpoint was deleted: {error}", flush=True)  # known to this rank alone
-        self._deletion = None
 
 
 def delete_old(run_dir: Path, *, newest: Path, keep_last: int, keep_every: int) -> None:
@@ -301,13 +300,11 @@ class _Save:
         index = self.partial / ".metadata"
         files = {name: file for what in written for name, file in what.files.items()} | {index.name: manifest.record(index)}
         manifest.write(self.partial, files=files, facts=self.facts)
-        # One that an earlier course of the run left under the name makes way.
-        old = final.with_name(f".{final.name}.deleted")
-        if final.exists():
-            final.rename(old)
+        if final.exists():  # an earlier course of the run came as far
+            _make_way(final)
         self.partial.rename(final)
         manifest.flush_directory(final.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(checkpoint.replaced(final), ignore_errors=True)
 
     def _in_background(self, sender: Connection) -> None:
         platform.die_with_parent()
@@ -355,6 +352,14 @@ class _Save:
                 torch.save(content, self.partial / name)
         save_config(CheckpointingConfig(BACKEND, BACKEND_VERSION), str(self.partial))
         return [*self.small, CONFIG_FNAME]
+
+
+def _make_way(final: Path) -> None:
+    """Take a checkpoint's name away: from a good one until the new one has it, from a damaged one for good."""
+    if manifest.problems(final):
+        checkpoint.put_aside(final)
+    else:
+        final.rename(checkpoint.replaced(final))
 
 
 def _close_files_but(needed: int) -> None:

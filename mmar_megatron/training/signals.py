@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Thread
 from types import FrameType
 from typing import Any, Self
 
@@ -17,10 +20,14 @@ from mmar_megatron.platform import STOP_SIGNALS
 
 _ECHO_S = 3.0
 """SLURM signals all processes of a step, and torchrun, one of these, passes the signal on: that is one request, not two."""
+_SHELLS_BASE = 128
+"""Shells report the end by a signal as 128 and its number, and so does a process that ends itself for one."""
 
 
 class StopRequest:
     """Within this context the first of `STOP_SIGNALS` is noted, and a second one, if it is no echo, ends the process at once.
+
+    A thread listens for it: Python runs handlers in the main thread alone, which may be waiting in a collective.
 
     Args:
         groups: process groups.
@@ -32,20 +39,33 @@ class StopRequest:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
+        ear, mouth = socket.socketpair()
+        mouth.setblocking(False)
+        self._mouth = mouth
+        self._wakeup_before = signal.set_wakeup_fd(mouth.fileno())
         self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        Thread(target=self._listen, args=(ear,), name="signals", daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        self._mouth.close()  # ends the thread
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _listen(self, ear: socket.socket) -> None:
+        with ear:
+            while heard := ear.recv(1):
+                if heard[0] not in STOP_SIGNALS:
+                    continue
+                if self._received and time.monotonic() - self._since > _ECHO_S:
+                    kill_helpers()
+                    os._exit(_SHELLS_BASE + heard[0])
+                self._note(heard[0])
+
+    def _note(self, number: int, frame: FrameType | None = None) -> None:
         if not self._received:
-            self._received, self._since = number, time.monotonic()
-        elif time.monotonic() - self._since > _ECHO_S:
-            kill_helpers()
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+            self._since, self._received = time.monotonic(), number
 
     def agreed(self) -> signal.Signals | None:
         """What any rank has received; all ranks call it together."""

@@ -30,7 +30,7 @@ from mmar_megatron.training.incidents import Incidents
 from mmar_megatron.training.metrics import MetricsWriter, ProgressLine, Throughput
 from mmar_megatron.training.previews import Previews, write_png
 from mmar_megatron.training.rank_times import RankTimes
-from mmar_megatron.training.saving import CheckpointWriter
+from mmar_megatron.training.saving import CheckpointWriter, SaveError
 from mmar_megatron.training.signals import StopRequest
 from mmar_megatron.training.validation import Validation
 from mmar_megatron.training.watchdog import Watchdog
@@ -177,6 +177,10 @@ class Trainer:
         if not 0 < self.config.train.max_bad_steps <= bad_steps:
             return
         path = self.incidents.diagnose(self.engine, microbatches=microbatches, progress=self.progress)
+        try:
+            self.checkpoints.flush()
+        except SaveError as error:
+            self._say(str(error))
         raise TooManyBadSteps(
             f"{bad_steps} steps in a row were skipped: {path} has samples, gradients and batches; "
             "mend the data, lower optimizer.lr, or raise train.max_bad_steps."

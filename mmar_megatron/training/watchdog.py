@@ -81,6 +81,8 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            torch.distributed.barrier(group=self._control)  # until here another rank may fail, at the very end of its work
         self._done.set()
         self._thread.join()  # for ever, where it is ending this process
         if error is None:

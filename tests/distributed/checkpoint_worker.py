@@ -10,6 +10,7 @@ import json
 import sys
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -17,7 +18,7 @@ from megatron.core.dist_checkpointing.mapping import is_main_replica
 from torch import Tensor
 
 from mmar_megatron import parallel
-from mmar_megatron.config import CheckpointConfig
+from mmar_megatron.config import CheckpointConfig, ParallelConfig
 from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.training import checkpoint
 from mmar_megatron.training.saving import CheckpointWriter
@@ -76,10 +77,30 @@ def main() -> None:
         batches = list(islice(loader, 3 * microbatches))[2 * microbatches :]
         third = train(engine, batches, steps=1, microbatches=microbatches)[0]
         found = {"different": int(different), "tensors": len(expected), "third": means(third), "average": averages(engine)}
-        if torch.distributed.get_rank() == 0:
-            print(json.dumps({name: found}), flush=True)
+        print_if_first({name: found})
         parallel.destroy()
+    print_if_first({"other storage": refusals(first, elsewhere=directory / "nowhere")})
     parallel.leave()
+
+
+def refusals(saved: Path | None, *, elsewhere: Path) -> list[str]:
+    """What is said where rank 1 does not see the storage of rank 0: of a checkpoint, of a run directory."""
+    assert saved is not None
+    groups = parallel.initialize(ParallelConfig())
+    seen = {0: saved}.get(torch.distributed.get_rank(), elsewhere / "checkpoints" / saved.name)
+    said = []
+    for look in (checkpoint.problems, checkpoint.resolve, checkpoint.newest_good):
+        try:
+            look(seen.parents[1] if look is checkpoint.newest_good else seen, groups=groups)
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def print_if_first(found: dict[str, Any]) -> None:
+    """As a line of JSON."""
+    if torch.distributed.get_rank() == 0:
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,16 @@ def test_loaded_is_what_was_saved(name: str, results: dict[str, dict[str, Any]])
 
 
 @pytest.mark.distributed
+def test_ranks_that_see_other_storage_are_told_so(results: dict[str, Any]) -> None:
+    """A missing mount is no damage, and nothing is set aside for it."""
+    of_checkpoint, of_path, of_run = results["other storage"]
+    assert "Rank 1 finds the checkpoint" in of_checkpoint
+    assert "(manifest.json is missing) and rank 0 does not: see that all machines have the same storage" in of_checkpoint
+    assert of_path == of_checkpoint
+    assert "Rank 1 sees no checkpoint in" in of_run
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", list(LAYOUTS)[1:])
 def test_another_layouts_checkpoint_goes_on(name: str, results: dict[str, dict[str, Any]]) -> None:
     expected = results["DP2 buckets"]["third"]

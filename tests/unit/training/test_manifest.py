@@ -44,9 +44,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda d: (d / "a.bin").unlink(), "a.bin is missing"),
     "missing folder": (lambda d: (d / "c").rename(d / "elsewhere"), "c/d.bin is missing"),
     "no manifest": (lambda d: (d / "manifest.json").unlink(), "manifest.json is missing"),
-    "empty manifest": (lambda d: (d / "manifest.json").write_text(""), "manifest.json cannot be read"),
-    "manifest of something else": (lambda d: (d / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
-    "manifest that is no text": (lambda d: (d / "manifest.json").write_bytes(b"\xff\xfe"), "manifest.json cannot be read"),
+    "empty manifest": (lambda d: (d / "manifest.json").write_text(""), "manifest.json makes no sense"),
+    "manifest of something else": (lambda d: (d / "manifest.json").write_text("[]"), "manifest.json makes no sense"),
+    "manifest that is no text": (lambda d: (d / "manifest.json").write_bytes(b"\xff\xfe"), "manifest.json makes no sense"),
 }
 
 
@@ -88,3 +88,11 @@ def test_reading_does_not_flush(written: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(os, "fsync", refuse)
     assert manifest.problems(written) == []
+
+
+@pytest.mark.parametrize("name", ["a.bin", "manifest.json"])
+def test_storage_that_fails_is_not_damage(name: str, written: Path) -> None:
+    (written / name).unlink()
+    (written / name).symlink_to(name)  # too many levels of symbolic links
+    with pytest.raises(OSError, match="symbolic links"):
+        manifest.problems(written)

@@ -237,6 +237,26 @@ def test_a_read_only_disk(tmp_path: Path, engine: NativeEngine, groups: Parallel
         assert "the checkpoints before are untouched" in wrong
 
 
+def test_a_damaged_one_in_the_way_is_put_aside(tmp_path: Path, engine: NativeEngine, groups: ParallelGroups) -> None:
+    run = Run(tmp_path, engine=engine, groups=groups)
+    run.save(1)
+    (checkpoint.directory(tmp_path, step=1) / "common.pt").unlink()
+    run.save(1)
+    assert run.everything() == ["step_00000001", "step_00000001.damaged"]
+    assert manifest.problems(checkpoint.directory(tmp_path, step=1)) == []
+
+
+def test_a_kill_while_one_replaces_another_loses_neither_name_nor_content(
+    tmp_path: Path, engine: NativeEngine, groups: ParallelGroups
+) -> None:
+    run = Run(tmp_path, engine=engine, groups=groups)
+    run.save(1)
+    path = checkpoint.directory(tmp_path, step=1)
+    path.rename(checkpoint.replaced(path))  # as far as it had come
+    assert checkpoint.newest_good(tmp_path, groups=groups, set_aside=True) == path
+    assert run.everything() == ["step_00000001"]
+
+
 # --- old ones -------------------------------------------------------------------------------------------------------------------
 
 
