@@ -33,6 +33,8 @@ from mmar_megatron.scaling.split import PipelineCosts, max_repeated_layers
 
 _BYTES = {"fp32": (4, 4, 8), "bf16": (2, 4, 12)}
 """Bytes for each parameter: weight, gradient (summed in fp32), optimizer (two moments, and beside bf16 the fp32 weight)."""
+_AVERAGE_BYTES = 4
+"""For each parameter, in the optimizer's shards, where a moving average of the weights is kept."""
 
 _PARTS = {
     "decoder.": "backbone",
@@ -62,9 +64,10 @@ class Memory:
         return self.weights + self.gradients + self.optimizer
 
     @classmethod
-    def of(cls, parameters: int, *, dtype: str, data_parallel_size: int) -> Memory:
+    def of(cls, parameters: int, *, dtype: str, average: bool, data_parallel_size: int) -> Memory:
         """Of the native engine, but for the few bytes by which it pads its buffers."""
         weight, gradient, optimizer = _BYTES[dtype]
+        optimizer += _AVERAGE_BYTES * average
         return cls(
             weights=weight * parameters,
             gradients=gradient * parameters,
@@ -209,7 +212,12 @@ def plan(
                 Stage(
                     layers=layers,
                     parameters=parameters,
-                    memory=Memory.of(parameters, dtype=config.precision.dtype, data_parallel_size=data_parallel_size),
+                    memory=Memory.of(
+                        parameters,
+                        dtype=config.precision.dtype,
+                        average=config.optimizer.ema_decay > 0,
+                        data_parallel_size=data_parallel_size,
+                    ),
                     flops=sum(of_pieces) // (world_size // costs.stages),
                 )
             )

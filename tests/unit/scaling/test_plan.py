@@ -148,9 +148,10 @@ def test_world_that_does_not_fit() -> None:
 # --- memory ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("average", [False, True])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_memory_is_that_of_the_engine(dtype: str, groups: ParallelGroups) -> None:
-    config = config_of("--precision.dtype", dtype)
+def test_memory_is_that_of_the_engine(dtype: str, average: bool, groups: ParallelGroups) -> None:
+    config = config_of("--precision.dtype", dtype, "--optimizer.ema_decay", "0.9" if average else "0")
     model = build_model(config.model, geometry=GEOMETRY, vocab_size=VOCAB, groups=groups, seed=0)
     engine = NativeEngine(config, chunks=model, groups=groups)
     parameters = list(engine.chunks[0].parameters())
@@ -158,8 +159,9 @@ def test_memory_is_that_of_the_engine(dtype: str, groups: ParallelGroups) -> Non
     gradients = sum(p.main_grad.numel() * p.main_grad.element_size() for p in parameters)
     in_model = {p.untyped_storage().data_ptr() for p in parameters}
     kept = [tensor for part in engine.optimizer.chained_optimizers for tensor in optimizer_tensors(part.optimizer)]
+    kept += engine.average._averages if engine.average is not None else []
     optimizer = sum(t.numel() * t.element_size() for t in kept if t.untyped_storage().data_ptr() not in in_model)
-    expected = Memory.of(sum(p.numel() for p in parameters), dtype=dtype, data_parallel_size=1)
+    expected = Memory.of(sum(p.numel() for p in parameters), dtype=dtype, average=average, data_parallel_size=1)
     assert (weights, gradients, optimizer) == (expected.weights, expected.gradients, expected.optimizer)
 
 
