@@ -27,9 +27,10 @@ def batch(coarse_tokenizer: Tokenizer) -> Batch:
 
 
 def moments(engine: NativeEngine) -> dict[str, list[Tensor]]:
-    """Copies of Adam's state, by the name of its entries."""
+    """Copies of Adam's state, by the name of its entries, and of the average of the weights where there is one."""
     states = [state for part in engine.optimizer.chained_optimizers for state in part.optimizer.state.values()]
-    return {name: [state[name].clone() for state in states] for name in ("step", "exp_avg", "exp_avg_sq")}
+    average = [] if engine.average is None else [tensor.clone() for tensor in engine.average._averages]
+    return {name: [state[name].clone() for state in states] for name in ("step", "exp_avg", "exp_avg_sq")} | {"average": average}
 
 
 def norm(tensors: list[Tensor]) -> float:
@@ -136,9 +137,11 @@ def test_a_short_gradient_is_left_alone(groups: ParallelGroups, batch: Batch) ->
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_gradient_that_is_not_finite_leaves_no_trace(poison: float, dtype: str, groups: ParallelGroups, batch: Batch) -> None:
-    engine = engine_of(groups, f"--precision.dtype={dtype}")
+    options = [f"--precision.dtype={dtype}", "--optimizer.ema_decay=0.9"]
+    engine = engine_of(groups, *options)
     engine.train_step([batch], learning_rate=1e-3)
     before, state = weights(engine), moments(engine)
+    assert len(state["average"]) == len(before)
 
     latents_MNC = batch.latents_MNC.clone()
     latents_MNC[1, 3, 0] = poison
@@ -151,11 +154,13 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace(poison: float, dtype: str
         assert all(torch.equal(a, b) for a, b in zip(state_after[name], state[name], strict=True)), name
 
     assert engine.train_step([batch], learning_rate=1e-3).skipped is None
-    untroubled = engine_of(groups, f"--precision.dtype={dtype}")
+    untroubled = engine_of(groups, *options)
     for _ in range(2):
         untroubled.train_step([batch], learning_rate=1e-3)
     expected, found = weights(untroubled), weights(engine)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for name, tensors in moments(untroubled).items():
+        assert all(torch.equal(a, b) for a, b in zip(tensors, moments(engine)[name], strict=True)), name
 
 
 def test_a_step_that_is_judged_bad_leaves_no_trace(groups: ParallelGroups, batch: Batch) -> None:
