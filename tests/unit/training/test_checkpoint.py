@@ -201,8 +201,9 @@ def test_average_is_saved_and_may_take_the_weights_place(tmp_path: Path, groups:
     assert not torch.equal(taken["post_projector.0.weight"], weights(engine)["post_projector.0.weight"])
 
 
-def test_average_begins_with_the_weights_that_are_loaded_without_one(run_dir: Path, groups: ParallelGroups) -> None:
+def test_average_begins_with_the_weights_that_are_loaded_without_one(run_dir: Path, groups: ParallelGroups, batch: Batch) -> None:
     engine = engine_of(groups, AVERAGED)
+    engine.train_step([batch], learning_rate=1e-2)  # away from what is loaded
     checkpoint.load(engine, at(run_dir, 2), groups=groups)
     assert engine.average is not None
     whole = engine.average.whole()
