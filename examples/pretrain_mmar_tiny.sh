@@ -17,5 +17,5 @@ if ((nproc == 1)); then
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Signals that ask to stop reach the processes, which have two minutes to save.
-exec torchrun --standalone --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout 120 \
-  --nproc_per_node "$nproc" pretrain_mmar.py "$@"
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
+exec torchrun --standalone --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --nproc_per_node "$nproc" pretrain_mmar.py "$@"
