@@ -291,14 +291,20 @@ class _Save:
         """Make a checkpoint of what all ranks have written.
 
         Raises:
-            OSError: a rank could not write, or this one cannot.
+            OSError: a rank could not write, or did so elsewhere, or this one cannot.
         """
         if failures := [f"{what} (rank {rank})" for rank, what in enumerate(outcomes) if isinstance(what, str)]:
             raise OSError("; ".join(failures[:3]))
         written = [what for what in outcomes if isinstance(what, _Written)]
+        files = {name: file for what in written for name, file in what.files.items()}
+        for name, file in files.items():
+            if not (self.partial / name).is_file() or (self.partial / name).stat().st_size != file["bytes"]:
+                raise OSError(
+                    f"{name} was written, but not where rank 0 looks: see that all machines have the same storage there"
+                )
         self.writer.finish(self.index, [what.results for what in written])
         index = self.partial / ".metadata"
-        files = {name: file for what in written for name, file in what.files.items()} | {index.name: manifest.record(index)}
+        files[index.name] = manifest.record(index)
         manifest.write(self.partial, files=files, facts=self.facts)
         if final.exists():  # an earlier course of the run came as far
             _make_way(final)

@@ -22,7 +22,7 @@ from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.parallel import ParallelGroups
 from mmar_megatron.training import checkpoint, manifest, saving
 from mmar_megatron.training.checkpoint import Progress
-from mmar_megatron.training.saving import CheckpointWriter, SaveError, delete_old
+from mmar_megatron.training.saving import CheckpointWriter, SaveError, _Written, delete_old
 from tests.unit.tiny import Documents, engine_of, weights
 
 
@@ -255,6 +255,24 @@ def test_a_kill_while_one_replaces_another_loses_neither_name_nor_content(
     path.rename(checkpoint.replaced(path))  # as far as it had come
     assert checkpoint.newest_good(tmp_path, groups=groups, set_aside=True) == path
     assert run.everything() == ["step_00000001"]
+
+
+def test_what_a_rank_wrote_elsewhere_is_missed_before_it_is_published(
+    tmp_path: Path, engine: NativeEngine, groups: ParallelGroups
+) -> None:
+    """As on a machine without the mount, where the path is a local directory."""
+    run = Run(tmp_path, engine=engine, groups=groups)
+    save = run.writer._prepare(engine, Progress(step=1))
+    save.start(background=False)
+    of_rank_0 = save.outcome()
+    assert isinstance(of_rank_0, _Written)
+    of_rank_1 = _Written(results=[], files={"__1_0.distcp": {"bytes": 10, "sha256": "0" * 64}})
+    final = checkpoint.directory(tmp_path, step=1)
+    with pytest.raises(OSError, match=r"__1_0\.distcp was written, but not where rank 0 looks"):
+        save.publish([of_rank_0, of_rank_1], final=final)
+    assert run.saved() == []
+    save.publish([of_rank_0], final=final)
+    assert run.saved() == [1]
 
 
 # --- old ones -------------------------------------------------------------------------------------------------------------------
