@@ -280,7 +280,7 @@ class _Save:
         if self._receiver is not None:
             try:
                 self._outcome = self._receiver.recv()
-            except EOFError:
+            except (EOFError, OSError):  # before its answer, or in the midst of it
                 self._outcome = ""
             self._process.join()
             self._outcome = self._outcome or f"the writing process ended with exit status {self._process.exitcode}"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import time
 from collections.abc import Iterator
@@ -181,6 +183,18 @@ def test_a_background_writer_that_dies_is_reported(
     with pytest.raises(SaveError, match=r"the writing process ended with exit status -9 \(rank 0\)"):
         run.writer.close()
     assert run.everything() == []
+
+
+def test_a_background_writer_that_dies_while_it_answers_is_reported(
+    tmp_path: Path, engine: NativeEngine, groups: ParallelGroups
+) -> None:
+    save = Run(tmp_path, engine=engine, groups=groups).writer._prepare(engine, Progress(step=1))
+    save._receiver, sender = multiprocessing.Pipe(duplex=False)
+    os.write(sender.fileno(), struct.pack("!i", 100) + b"a part")  # of an answer of 100 bytes
+    sender.close()
+    save._process = multiprocessing.get_context("fork").Process(target=os._exit, args=(3,))
+    save._process.start()
+    assert save.outcome() == "the writing process ended with exit status 3"
 
 
 def test_signals_that_stop_training_do_not_stop_a_save(
