@@ -1,7 +1,7 @@
-"""The one form in which data reaches the model: a microbatch of fixed shape.
+"""The one form in which data reaches the model: a microbatch, fixed in shape but for the number of its images.
 
-Axes: B sequences, S positions, M image slots (a fixed number for each microbatch; a slot may be empty), N tokens of an image,
-C channels of a token, R noise levels for each token (the timestep multiplier), F features of the alignment teacher.
+Axes: B sequences, S positions, K documents of the row that has most, M image slots (at least one, which may be empty), N tokens of
+an image, C channels of a token, R noise levels for each token (the timestep multiplier), F features of the alignment teacher.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Batch:
     teacher_MNF: Tensor | None = None
     """float32: features of a frozen vision model for clean images, where the shards hold them."""
 
-    sample_ids_B: Tensor
-    """int64: global id of the sample in each row (its index in the data set), for reports."""
+    sample_ids_BK: Tensor
+    """int64: id of the sample that each document was made of, for reports; -1 where a row has no further document."""
 
     @property
     def num_labels(self) -> Tensor:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmar_megatron import platform
-from mmar_megatron.data.loader import DataSource
+from mmar_megatron.data.source import DataSource
 from mmar_megatron.data.sequence import DocumentImage
 from mmar_megatron.diffusion.parameterization import guide
 from mmar_megatron.diffusion.sampler import Sampler, SamplerKind

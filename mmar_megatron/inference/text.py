@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from mmar_megatron import platform
-from mmar_megatron.data.loader import DataSource
+from mmar_megatron.data.source import DataSource
 from mmar_megatron.data.sequence import DocumentImage
 from mmar_megatron.engine.base import Engine
 from mmar_megatron.parallel import ParallelGroups

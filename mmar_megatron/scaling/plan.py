@@ -27,7 +27,7 @@ from mmar_megatron.config_checks import validate_world
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.model.mmar_model import MMARModel, build_model
 from mmar_megatron.parallel import ParallelGroups
-from mmar_megatron.scaling.expected import expected_counts, expected_flops
+from mmar_megatron.scaling.expected import RowMeans, expected_counts, expected_flops
 from mmar_megatron.scaling.flops import StepCounts, StepFlops
 from mmar_megatron.scaling.split import PipelineCosts, max_repeated_layers
 
@@ -172,7 +172,7 @@ class Plan:
 
 
 def plan(
-    config: Config, *, geometry: ImageGeometry, vocab_size: int, labels_per_caption: float, world_size: int | None = None
+    config: Config, *, geometry: ImageGeometry, vocab_size: int, rows: RowMeans, world_size: int | None = None
 ) -> Plan:
     """Plan a run, in one process and without a launcher. No process group may exist yet; none is left.
 
@@ -180,7 +180,7 @@ def plan(
         config: the whole configuration, validated, and through `split_pipeline`.
         geometry: grid and channels of the image codec.
         vocab_size: of the tokenizer.
-        labels_per_caption: text tokens to be learned in each image-to-text sample; `labels_per_caption` measures it.
+        rows: what the data hold.
         world_size: processes of the job; none: one replica of the model.
 
     Raises:
@@ -194,7 +194,7 @@ def plan(
     data_parallel_size = world_size // replica
 
     tokens_per_image = geometry.grid_height * geometry.grid_width
-    counts = expected_counts(config, tokens_per_image=tokens_per_image, labels_per_caption=labels_per_caption)
+    counts = expected_counts(config, tokens_per_image=tokens_per_image, rows=rows)
     flops = expected_flops(config, counts, geometry=geometry, vocab_size=vocab_size)
     costs = PipelineCosts.of(config, flops)
 

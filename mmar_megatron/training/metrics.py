@@ -28,7 +28,7 @@ Metrics = Mapping[str, float | None]
 CLOCKED = frozenset(
     {
         *("step_time_s", "samples_per_second", "tokens_per_second", "tflops_per_device", "mfu"),
-        *("rank_time_mean_s", "rank_time_max_s", "slowest_rank"),
+        *("rank_time_mean_s", "rank_time_max_s", "slowest_rank", "data_wait_max_s", "data_wait_share"),
     }
 )
 """Columns that a clock decides. All others are the same, to the last printed digit, however often a run was interrupted."""
