@@ -68,12 +68,15 @@ class DataSource:
                 f"{path} was made with the tokenizer {self.index.tokenizer[:16]}..., but {config.tokenizer or path} is "
                 f"{self.tokenizer.fingerprint[:16]}...: change data.tokenizer or prepare the data set with it"
             )
-        for shard in self.index.shards:
-            for key, lengths in zip(shard.keys, shard.caption_tokens, strict=True):
-                if lengths.keys().isdisjoint(config.languages):
-                    raise ValueError(
-                        f"{path}: sample {key} has captions in {sorted(lengths)}, but data.languages is {config.languages}"
-                    )
+        index = self.index
+        codes = [code for code, language in enumerate(index.languages) if language in config.languages]
+        usable = np.concatenate([[0], np.cumsum(np.isin(index.text_language, codes))])
+        lacking = usable[index.text_start[1:]] == usable[index.text_start[:-1]]
+        if lacking.any():
+            raise ValueError(
+                f"{path}: sample {int(lacking.argmax())} has no caption in the languages {config.languages} of data.languages; "
+                f"the data set has {index.languages}"
+            )
 
     def reader(self, split: Split, *, cache_bytes: int = 0) -> ShardReader:
         """Opens the samples of a split. Raises ValueError where it is empty, or a shard missing or truncated."""
