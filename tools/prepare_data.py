@@ -16,8 +16,9 @@ from pathlib import Path
 
 from mmar_megatron.data.codec import PatchCodec
 from mmar_megatron.data.emoji import make_emoji
+from mmar_megatron.data.index import SPLITS
 from mmar_megatron.data.prepare import make_shapes
-from mmar_megatron.data.shards import SPLITS, verify
+from mmar_megatron.data.verify import verify
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -19,7 +19,10 @@ from numpy.typing import NDArray
 
 from mmar_megatron.data import shapes
 from mmar_megatron.data.codec import ImageCodec, build_codec
-from mmar_megatron.data.shards import INDEX_NAME, SPLITS, Index, ShardWriter, Split, encode_image
+from mmar_megatron.data.content import count_texts
+from mmar_megatron.data.index import INDEX_NAME, NO_LANGUAGE, SPLITS, Index, Split
+from mmar_megatron.data.shard_writer import ShardWriter
+from mmar_megatron.data.shards import encode_image
 from mmar_megatron.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 
 if TYPE_CHECKING:
@@ -106,15 +109,29 @@ def write_dataset(
     try:
         loaded = _put_tokenizer(unfinished, records=records, path=tokenizer, vocab_size=vocab_size, log=log)
         writer = ShardWriter(unfinished, samples_per_shard=samples_per_shard)
+        languages = sorted({language for record in records for language in record.captions})
         for record in _with_progress(records, log=log):
+            metadata = {"captions": record.captions, **record.extra}
             writer.add(
                 record.key,
                 split=record.split,
-                image=encode_image(record.image()),
-                metadata={"captions": record.captions, **record.extra},
-                caption_tokens={lang: [len(loaded.encode(text)) for text in texts] for lang, texts in record.captions.items()},
+                pictures=[encode_image(record.image())],
+                metadata=metadata,
+                counts=count_texts(metadata, count=lambda text: len(loaded.encode(text)), languages=languages),
             )
-        index = writer.finish(made_by=made_by, image_size=codec.image_size, codec=codec.fingerprint, tokenizer=loaded.fingerprint)
+        index = writer.finish(
+            made_by=made_by,
+            image_size=codec.image_size,
+            codec=codec.fingerprint,
+            tokenizer=loaded.fingerprint,
+            num_tokens=codec.num_tokens,
+            channels=codec.channels,
+            pictures=True,
+            moments=False,
+            flipped=False,
+            teacher=None,
+            languages=languages,
+        )
         unfinished.rename(out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -143,18 +160,15 @@ def _with_progress(records: Sequence[Record], *, log: Callable[[str], None]) -> 
 
 
 def _report(out: Path, *, index: Index, tokenizer: Tokenizer, dropped: dict[str, int], seconds: float) -> Report:
-    lengths: dict[str, list[int]] = {}
-    for shard in index.shards:
-        for by_language in shard.caption_tokens:
-            for language, counts in by_language.items():
-                lengths.setdefault(language, []).extend(counts)
+    names = {NO_LANGUAGE: "text"} | dict(enumerate(index.languages))
+    by_language = {names[code]: index.text_tokens[index.text_language == code] for code in np.unique(index.text_language)}
     return Report(
         directory=out,
         samples={split: index.count(split) for split in SPLITS},
         dropped=dropped,
         bytes=sum(shard.bytes for shard in index.shards),
         vocab_size=tokenizer.vocab_size,
-        caption_tokens={language: (float(np.mean(counts)), max(counts)) for language, counts in lengths.items()},
+        caption_tokens={language: (float(counts.mean()), int(counts.max())) for language, counts in by_language.items()},
         seconds=seconds,
     )
 

@@ -1,115 +1,180 @@
-"""Shards on disk: WebDataset tars and the index that makes any sample of them one read away.
+"""Reading samples: any one of a data set is one read of a contiguous piece of a tar away.
 
-A data set is a directory:
-
-    train-000000.tar ...        <key>.png, and <key>.json: {"captions": {"en": [...], ...}, and whatever the source adds}
-    validation-000000.tar ...   held out
-    tokenizer.model             what the token lengths in the index were counted with
-    index.json                  written last, by `ShardWriter`; its fields are those of `Index` and `Shard`
-
-The global id of a sample is its rank in the index: the shards in their order, the samples in theirs.
+Nothing of a sample is decoded before it is asked for. Axes: I pictures of a sample, H = W pixels, N tokens of an image, C
+channels of a token, F features of the teacher.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import os
-import tarfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from bisect import bisect_right
+from collections.abc import Callable
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-FORMAT_VERSION = 1
-INDEX_NAME = "index.json"
-Split = Literal["train", "validation"]
-SPLITS: tuple[Split, ...] = ("train", "validation")
+from mmar_megatron.data.index import INDEX_NAME, SPLITS, BadDataError, Files, Index, LocalFiles, Shard, Split
+from mmar_megatron.data.shard_writer import ShardWriter
+
+__all__ = [
+    "INDEX_NAME",
+    "SPLITS",
+    "BadDataError",
+    "Index",
+    "Sample",
+    "Shard",
+    "ShardReader",
+    "ShardWriter",
+    "Split",
+    "UndecodableSampleError",
+    "decode_image",
+    "encode_image",
+    "parse_members",
+]
+
+_BLOCK = 512
+_HEAD = 8192
+"""Bytes in which most samples' json ends."""
 
 
-@dataclass(kw_only=True)
-class Shard:
-    """One tar; the lists have one entry a sample."""
-
-    name: str
-    split: Split
-    bytes: int
-    sha256: str
-    keys: list[str] = field(default_factory=list)
-    images: list[tuple[int, int]] = field(default_factory=list)
-    """(offset, size) in bytes of each `<key>.png` within the tar."""
-    metadata: list[tuple[int, int]] = field(default_factory=list)
-    """(offset, size) in bytes of each `<key>.json` within the tar."""
-    caption_tokens: list[dict[str, list[int]]] = field(default_factory=list)
-    """By language, the number of text tokens of each caption."""
+class UndecodableSampleError(Exception):
+    """The bytes of a sample are not what the index and the format promise."""
 
 
-@dataclass(kw_only=True)
-class Index:
-    """Content of index.json."""
-
-    format_version: int = FORMAT_VERSION
-    made_by: dict[str, Any]
-    """The source and its settings."""
-    image_size: int
-    """Pixels along each side."""
-    codec: str
-    """Fingerprint of the codec the images were sized for."""
-    tokenizer: str
-    """Fingerprint of the tokenizer."""
-    shards: list[Shard]
-
-    def count(self, split: Split) -> int:
-        """Number of samples of a split."""
-        return sum(len(shard.keys) for shard in self.shards if shard.split == split)
-
-    @staticmethod
-    def load(directory: str | Path) -> Index:
-        """Reads the index of a data set.
-
-        Raises:
-            ValueError: there is none, or of another format version.
-        """
-        file = Path(directory) / INDEX_NAME
-        if not file.is_file():
-            raise ValueError(
-                f"no data set at {directory}: make one with `python tools/prepare_data.py shapes --out {directory}` (or `emoji`)"
-            )
-        try:
-            content = json.loads(file.read_text())
-            found = content["format_version"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{file} is not a complete index: copy it again, or prepare the data set anew") from error
-        if found != FORMAT_VERSION:
-            raise ValueError(f"{file} has format version {found}, this program reads {FORMAT_VERSION}: prepare the data set anew")
-        return Index(**{**content, "shards": [Shard(**shard) for shard in content["shards"]]})
-
-
-@dataclass(kw_only=True)
 class Sample:
-    """A decoded sample; H = W pixels."""
+    """A sample, decoded piece by piece when it is asked for.
 
-    sample_id: int
-    image_HW3: NDArray[np.uint8]
-    metadata: dict[str, Any]
+    Args:
+        sample_id: its rank in the data set.
+        data: its members, with their headers.
+        place: where it is, for messages.
+        image_size: pixels along each side.
+
+    Raises:
+        UndecodableSampleError: its bytes are damaged; from here, or from the property that meets the damage.
+    """
+
+    def __init__(self, *, sample_id: int, data: bytes, place: str, image_size: int) -> None:
+        self.sample_id = sample_id
+        self._data = data
+        self._place = place
+        self._image_size = image_size
+        self._images: dict[int, NDArray[np.uint8]] = {}
+        try:
+            self.key, self._members = parse_members(data)
+        except ValueError as error:
+            raise self._undecodable(error) from error
+        self._pictures = ["png"] if "png" in self._members else []
+        while not self._pictures or self._pictures[0] != "png":
+            name = f"{len(self._pictures)}.png"
+            if name not in self._members:
+                break
+            self._pictures.append(name)
+
+    def __repr__(self) -> str:
+        return f"Sample {self.sample_id} ({self._place}: {', '.join(self._members)})"
+
+    @property
+    def members(self) -> list[str]:
+        """What follows the key in the names of its members: "json", "png", "moments.npy" and such."""
+        return list(self._members)
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """The content of its json."""
+        try:
+            metadata = json.loads(self._member("json"))
+        except ValueError as error:
+            raise self._undecodable(error) from error
+        if not isinstance(metadata, dict) or not ("captions" in metadata or "content" in metadata):
+            raise self._undecodable("its json has neither captions nor content")
+        return metadata
 
     @property
     def captions(self) -> dict[str, list[str]]:
-        """By language."""
-        return self.metadata["captions"]
+        """By language; empty for content."""
+        return self.metadata.get("captions", {})
 
+    @property
+    def content(self) -> list[dict[str, Any]] | None:
+        """The parts (see `content`); None for a pair."""
+        return self.metadata.get("content")
 
-class BadDataError(ValueError):
-    """The data set turned out, while it was read, to be unfit."""
+    @property
+    def num_pictures(self) -> int:
+        """Number of pictures whose pixels are stored."""
+        return len(self._pictures)
 
+    def image(self, k: int) -> NDArray[np.uint8]:
+        """Picture k: uint8 [H, W, 3]."""
+        if k not in self._images:
+            if not 0 <= k < len(self._pictures):
+                raise self._undecodable(f"it has no picture {k}, but {', '.join(self._members)}")
+            try:
+                self._images[k] = decode_image(self._member(self._pictures[k]), image_size=self._image_size)
+            except ValueError as error:
+                raise self._undecodable(error) from error
+        return self._images[k]
 
-class UndecodableImageError(Exception):
-    """The bytes of a sample's image are not an image of the size that the data set has."""
+    @property
+    def images(self) -> list[NDArray[np.uint8]]:
+        """All pictures: uint8 [H, W, 3]."""
+        return [self.image(k) for k in range(len(self._pictures))]
+
+    @property
+    def image_HW3(self) -> NDArray[np.uint8]:
+        """The first picture."""
+        return self.image(0)
+
+    @cached_property
+    def moments_I2NC(self) -> NDArray[np.float16] | None:
+        """Mean and log-variance of each picture's tokens, as they are stored."""
+        return self._array("moments.npy")
+
+    @cached_property
+    def flipped_I2NC(self) -> NDArray[np.float16] | None:
+        """The same of the mirrored pictures."""
+        return self._array("flipped.npy")
+
+    @cached_property
+    def teacher_INF(self) -> NDArray[np.float16] | None:
+        """The teacher's features of each picture's tokens."""
+        return self._array("teacher.npy")
+
+    def decode(self) -> None:
+        """Decodes all that is stored, to see whether it can be."""
+        _ = self.metadata, self.images
+        for name in self._members:
+            if name.endswith(".npy"):
+                self._array(name)
+
+    def decode_pictures(self) -> None:
+        """Decodes json and pixels."""
+        _ = self.metadata, self.images
+
+    def _member(self, name: str) -> bytes:
+        try:
+            begin, size = self._members[name]
+        except KeyError:
+            raise self._undecodable(f"it has no {name}, but {', '.join(self._members)}") from None
+        return self._data[begin : begin + size]
+
+    def _array(self, name: str) -> NDArray[Any] | None:
+        if name not in self._members:
+            return None
+        begin, size = self._members[name]
+        try:
+            return decode_npy(memoryview(self._data)[begin : begin + size])
+        except ValueError as error:
+            raise self._undecodable(f"{name}: {error}") from error
+
+    def _undecodable(self, reason: object) -> UndecodableSampleError:
+        return UndecodableSampleError(f"{self._place}: {reason}")
 
 
 class ShardReader:
@@ -119,93 +184,157 @@ class ShardReader:
         directory: the data set.
         index: its index.
         split: which samples.
-        cache_bytes: decoded samples are kept up to about this size. Epochs come in random order, where evicting one sample
-            for another would gain nothing: what is in stays in.
+        cache_bytes: samples are kept, with what was decoded of them, up to about this size. Epochs come in random order, where
+            evicting one sample for another would gain nothing: what is in stays in.
+        files: where the data set lies; none: it is a directory of this machine.
 
     Raises:
         ValueError: the split is empty, or a shard is missing or has not the size that the index says.
     """
 
-    def __init__(self, directory: str | Path, *, index: Index, split: Split, cache_bytes: int = 0) -> None:
-        self._image_size = index.image_size
+    def __init__(
+        self, directory: str | Path, *, index: Index, split: Split, cache_bytes: int = 0, files: Files | None = None
+    ) -> None:
+        self.index = index
+        self.ids = index.ids(split)
+        self._directory = directory
+        self._files: Files = files or LocalFiles(directory)
         self._cache: dict[int, Sample] = {}
         self._cache_room = cache_bytes
-        self._files: dict[Path, int] = {}
-        self._locations: list[tuple[Path, tuple[int, int], tuple[int, int]]] = []
-        self._ids: list[int] = []
-        first_id = 0
+        self._starts: list[int] = index.starts.tolist()
+        if not self.ids:
+            raise ValueError(f"{directory} has no {split} samples: prepare a data set that has")
         for shard in index.shards:
             if shard.split == split:
-                file = Path(directory) / shard.name
-                _check_size(file, shard)
-                self._locations += [(file, *offsets) for offsets in zip(shard.images, shard.metadata, strict=True)]
-                self._ids += range(first_id, first_id + len(shard.keys))
-            first_id += len(shard.keys)
-        if not self._ids:
-            raise ValueError(f"{directory} has no {split} samples: prepare a data set that has")
+                check_size(directory, shard, found=self._files.size(shard.name))
 
     def __len__(self) -> int:
-        return len(self._locations)
+        return len(self.ids)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}, "_cache": {}}  # open files do not travel to another process
+        return {**self.__dict__, "_cache": {}}
+
+    def place(self, number: int) -> tuple[str, int, int]:
+        """(shard, offset, size) of the sample with this number within the split."""
+        sample_id = self.ids.start + number
+        shard = self.index.shards[bisect_right(self._starts, sample_id) - 1]
+        return shard.name, int(self.index.offset[sample_id]), int(self.index.size[sample_id])
 
     def metadata(self, number: int) -> dict[str, Any]:
-        """What the tar says of the sample with this number within the split, without its image."""
-        file, _, (offset, size) = self._locations[number]
-        return json.loads(self._read(file, offset, size))
+        """What the tar says of the sample with this number within the split, mostly without reading its pictures.
+
+        Raises:
+            UndecodableSampleError: see `Sample`.
+        """
+        name, offset, size = self.place(number)
+        head = self._files.read(name, offset, min(size, _HEAD))
+        end = _end_of_first_member(head)
+        if end is None or end > len(head):
+            return self.read(number).metadata
+        return self._sample(number, head[:end], name, offset).metadata
 
     def read(self, number: int) -> Sample:
         """The sample with this number within the split.
 
         Raises:
-            UndecodableImageError: see there.
+            UndecodableSampleError: see `Sample`.
         """
         if (cached := self._cache.get(number)) is not None:
             return cached
-        file, (offset, size), (_, metadata_size) = self._locations[number]
-        image_HW3 = decode_image(self._read(file, offset, size), image_size=self._image_size)
-        sample = Sample(sample_id=self._ids[number], image_HW3=image_HW3, metadata=self.metadata(number))
-        cost = image_HW3.nbytes + 4 * metadata_size + 1000  # objects of Python around the bytes
-        if cost <= self._cache_room:
-            self._cache[number] = sample
-            self._cache_room -= cost
+        name, offset, size = self.place(number)
+        sample = self._sample(number, self._files.read(name, offset, size), name, offset)
+        if self._cache_room:
+            cost = 2 * size + sample.num_pictures * 3 * self.index.image_size**2 + 2000  # and objects of Python around the bytes
+            if cost <= self._cache_room:
+                self._cache[number] = sample
+                self._cache_room -= cost
         return sample
 
-    def read_or_next(self, number: int) -> tuple[Sample, int]:
-        """The sample, or where its image cannot be decoded the next one that can (cyclically), and how many were skipped.
+    def read_or_next(self, number: int, *, check: Callable[[Sample], object] = Sample.decode_pictures) -> tuple[Sample, int]:
+        """The sample, or where it cannot be decoded the next one that can (cyclically), and how many were skipped.
 
         The rule looks at the data alone, so every layout of ranks and workers replaces the same samples by the same others.
 
+        Args:
+            number: within the split.
+            check: decodes what the caller needs.
+
         Raises:
-            BadDataError: no image of the split can be decoded.
+            BadDataError: no sample of the split can be decoded.
         """
         for skipped in range(len(self)):
             try:
-                return self.read((number + skipped) % len(self)), skipped
-            except UndecodableImageError:
+                sample = self.read((number + skipped) % len(self))
+                check(sample)
+                return sample, skipped
+            except UndecodableSampleError:
                 continue
-        raise BadDataError(f"no image in {self._locations[0][0].parent} can be decoded: prepare the data set anew")
+        raise BadDataError(f"no image in {self._directory} can be decoded: prepare the data set anew")
 
-    def _read(self, file: Path, offset: int, size: int) -> bytes:
-        if file not in self._files:
-            self._files[file] = os.open(file, os.O_RDONLY)
-        return os.pread(self._files[file], size, offset)
+    def _sample(self, number: int, data: bytes, name: str, offset: int) -> Sample:
+        place = f"shard {self._directory}/{name} at {offset}"
+        return Sample(sample_id=self.ids.start + number, data=data, place=place, image_size=self.index.image_size)
+
+
+def parse_members(data: bytes) -> tuple[str, dict[str, tuple[int, int]]]:
+    """The key of a sample, and (offset, size) within `data` of each member's content by what follows the key in its name.
+
+    Raises:
+        ValueError: a header is damaged, a member is no plain file or reaches beyond `data`, or keys differ.
+    """
+    members: dict[str, tuple[int, int]] = {}
+    key, position = None, 0
+    while position < len(data):
+        header = data[position : position + _BLOCK]
+        name, size = _parse_header(header)
+        folder, slash, base = name.rpartition("/")
+        stem, _, kind = base.partition(".")
+        if key not in (None, folder + slash + stem):
+            raise ValueError(f"{name} is of another sample than {key}")
+        key = folder + slash + stem
+        begin = position + _BLOCK
+        if begin + size > len(data) or kind in members:
+            raise ValueError(f"{name} " + ("is there twice" if kind in members else "reaches beyond the sample"))
+        members[kind] = begin, size
+        position = begin + -(-size // _BLOCK) * _BLOCK
+    if key is None:
+        raise ValueError("it is empty")
+    return key, members
+
+
+def _parse_header(header: bytes) -> tuple[str, int]:
+    """Name and size; tarfile.TarInfo.frombuf takes ten times as long."""
+    if header[257:262] != b"ustar" or header[156:157] not in (b"0", b"\0") or len(header) != _BLOCK:
+        raise ValueError("the header of a member is damaged")
+    checksum = sum(header) - sum(header[148:156]) + 8 * 32
+    if int(header[148:156].strip(b"\0 ") or b"0", 8) != checksum:
+        raise ValueError("the header of a member is damaged: its checksum is not right")
+    name, prefix = header[:100].rstrip(b"\0").decode(), header[345:500].rstrip(b"\0").decode()
+    return f"{prefix}/{name}" if prefix else name, int(header[124:136].strip(b"\0 "), 8)
+
+
+def _end_of_first_member(head: bytes) -> int | None:
+    """Where its padding ends, if it is a json."""
+    try:
+        name, size = _parse_header(head[:_BLOCK])
+    except ValueError:
+        return None
+    return _BLOCK + -(-size // _BLOCK) * _BLOCK if name.endswith(".json") else None
 
 
 def decode_image(encoded: bytes, *, image_size: int) -> NDArray[np.uint8]:
-    """PNG (or any other file PIL reads) -> uint8 [H, W, 3].
+    """PNG -> uint8 [H, W, 3].
 
     Raises:
-        UndecodableImageError: it is no image, or not of `image_size` along each side.
+        ValueError: it is none, or not of `image_size` along each side.
     """
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            image_HW3 = np.asarray(image.convert("RGB"))
+        with Image.open(io.BytesIO(encoded), formats=("PNG",)) as image:
+            image_HW3 = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error ...
-        raise UndecodableImageError(str(error)) from error
+        raise ValueError(str(error)) from error
     if image_HW3.shape != (image_size, image_size, 3):
-        raise UndecodableImageError(f"{image_HW3.shape} instead of {image_size} x {image_size} pixels")
+        raise ValueError(f"{image_HW3.shape} instead of {image_size} x {image_size} pixels")
     return image_HW3
 
 
@@ -216,87 +345,35 @@ def encode_image(image_HW3: NDArray[np.uint8]) -> bytes:
     return file.getvalue()
 
 
-def _check_size(file: Path, shard: Shard) -> None:
-    size = file.stat().st_size if file.is_file() else None
-    if size != shard.bytes:
-        found = "is missing" if size is None else f"has {size:,} bytes"
-        raise ValueError(f"shard {file} {found}, the index says {shard.bytes:,} bytes: copy or prepare the data set anew")
-
-
-def verify(directory: str | Path) -> Index:
-    """Reads every shard of a data set and compares its checksum with the index.
+def decode_npy(data: memoryview) -> NDArray[Any]:
+    """A .npy file -> its array, read-only and without a copy.
 
     Raises:
-        ValueError: a shard is missing, truncated or altered; the message names it.
+        ValueError: it is none, or cut off.
     """
-    index = Index.load(directory)
-    for shard in index.shards:
-        file = Path(directory) / shard.name
-        _check_size(file, shard)
-        if _sha256(file) != shard.sha256:
-            raise ValueError(f"shard {file} was altered, its SHA-256 is not the index's: copy or prepare the data set anew")
-    return index
+    length = 10 + int.from_bytes(data[8:10], "little")
+    shape, dtype = _npy_header(bytes(data[:length]))
+    return np.frombuffer(data, dtype=dtype, offset=length, count=int(np.prod(shape))).reshape(shape)
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+@lru_cache(maxsize=256)  # all samples of a data set have the same few; numpy takes longer to read one than the rest of a sample
+def _npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    stream = io.BytesIO(header)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError("not version 1.0 of the format")
+    try:
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+    except Exception as error:  # damaged headers make it raise SyntaxError, tokenize.TokenError ... too
+        raise ValueError(str(error)) from error
+    if fortran_order or dtype.hasobject:
+        raise ValueError("not a plain array")
+    return shape, dtype
 
 
-class ShardWriter:
-    """Writes the tars of a data set, then its index. The same samples give the same bytes.
-
-    Args:
-        directory: exists, and nobody reads it yet: its maker renames it when all is in.
-        samples_per_shard: a new tar is begun after so many.
-    """
-
-    def __init__(self, directory: Path, *, samples_per_shard: int) -> None:
-        self._directory = directory
-        self._samples_per_shard = samples_per_shard
-        self._tar: tarfile.TarFile | None = None
-        self.shards: list[Shard] = []
-
-    def add(
-        self, key: str, *, split: Split, image: bytes, metadata: Mapping[str, Any], caption_tokens: dict[str, list[int]]
-    ) -> None:
-        """Appends one sample; the splits come one after the other."""
-        shard = self.shards[-1] if self.shards else None
-        if shard is None or shard.split != split or len(shard.keys) == self._samples_per_shard:
-            shard = self._begin(split)
-        shard.keys.append(key)
-        shard.images.append(self._append(f"{key}.png", image))
-        shard.metadata.append(self._append(f"{key}.json", json.dumps(metadata, ensure_ascii=False).encode()))
-        shard.caption_tokens.append(caption_tokens)
-
-    def finish(self, *, made_by: Mapping[str, Any], image_size: int, codec: str, tokenizer: str) -> Index:
-        """Closes the last tar and writes index.json."""
-        self._end()
-        index = Index(made_by=dict(made_by), image_size=image_size, codec=codec, tokenizer=tokenizer, shards=self.shards)
-        (self._directory / INDEX_NAME).write_text(json.dumps(asdict(index), separators=(",", ":")))
-        return index
-
-    def _begin(self, split: Split) -> Shard:
-        self._end()
-        number = sum(shard.split == split for shard in self.shards)
-        self.shards.append(Shard(name=f"{split}-{number:06d}.tar", split=split, bytes=0, sha256=""))
-        self._tar = tarfile.TarFile(self._directory / self.shards[-1].name, "w", format=tarfile.USTAR_FORMAT)
-        return self.shards[-1]
-
-    def _append(self, name: str, content: bytes) -> tuple[int, int]:
-        """Returns (offset, size) of the content: in the USTAR format one block of header stands before it."""
-        assert self._tar is not None
-        offset = self._tar.offset + tarfile.BLOCKSIZE
-        info = tarfile.TarInfo(name)
-        info.size = len(content)
-        self._tar.addfile(info, io.BytesIO(content))
-        return offset, len(content)
-
-    def _end(self) -> None:
-        if self._tar is None:
-            return
-        self._tar.close()
-        self._tar = None
-        shard = self.shards[-1]
-        file = self._directory / shard.name
-        shard.bytes, shard.sha256 = file.stat().st_size, _sha256(file)
+def check_size(directory: str | Path, shard: Shard, *, found: int | None) -> None:
+    """Raises ValueError where a shard is missing or has not the size that the index says."""
+    if found != shard.bytes:
+        state = "is missing" if found is None else f"has {found:,} bytes"
+        raise ValueError(
+            f"shard {directory}/{shard.name} {state}, the index says {shard.bytes:,} bytes: copy or prepare the data set anew"
+        )

@@ -23,7 +23,9 @@ from mmar_megatron.data.emoji import (
     read_members,
     split_of,
 )
-from mmar_megatron.data.shards import Index, ShardReader, verify
+from mmar_megatron.data.index import Index
+from mmar_megatron.data.shards import ShardReader
+from mmar_megatron.data.verify import verify
 
 CACHE = Path(__file__).resolve().parents[3] / ".cache" / "npm"
 

@@ -1,0 +1,88 @@
+"""What a sample says: captions of a picture, or content in parts; and how many tokens that is.
+
+A *pair* has `captions` by language and one picture. *Content* is a list of parts, in the order in which the model reads them:
+
+    {"text": "...", "learn": bool, "end": bool}     learn: its tokens are learned; end: an <eos> follows, learned if they are
+    {"image": k, "learn": bool}                     the sample's picture k; learn: to be painted, which the last part alone may be
+
+`learn` and `end` are false where they are left out. Each part's text is encoded by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmar_megatron.data.index import CONTENT, NO_LANGUAGE, PAIR
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextCounts:
+    """What the index holds of a sample's text."""
+
+    kind: int
+    tokens: list[int]
+    """Of each text."""
+    languages: list[int]
+    """Of each text."""
+    learned: int = 0
+    paints: bool = False
+
+
+def count_texts(metadata: Mapping[str, Any], *, count: Callable[[str], int], languages: Sequence[str]) -> TextCounts:
+    """Counts the tokens of a sample.
+
+    Args:
+        metadata: the content of its json.
+        count: text -> tokens.
+        languages: of the data set.
+    """
+    if "content" in metadata:
+        return _count_content(metadata["content"], count)
+    captions: Mapping[str, Sequence[str]] = metadata["captions"]
+    texts = [(code, text) for code, language in enumerate(languages) for text in captions.get(language, ())]
+    return TextCounts(kind=PAIR, tokens=[count(text) for _, text in texts], languages=[code for code, _ in texts])
+
+
+def _count_content(parts: Sequence[Mapping[str, Any]], count: Callable[[str], int]) -> TextCounts:
+    total = learned = 0
+    for part in parts:
+        if "text" in part:
+            tokens = count(part["text"]) + bool(part.get("end"))
+            total += tokens
+            learned += tokens if part.get("learn") else 0
+    last = parts[-1]
+    paints = "image" in last and bool(last.get("learn"))
+    return TextCounts(kind=CONTENT, tokens=[total], languages=[NO_LANGUAGE], learned=learned, paints=paints)
+
+
+def fault_of(metadata: Any, *, pictures: int) -> str | None:
+    """What keeps a sample's json from being one of a sample with so many pictures; None: nothing."""
+    if not isinstance(metadata, dict):
+        return "its json is no object"
+    if "content" in metadata:
+        return _fault_of_content(metadata["content"], pictures)
+    captions = metadata.get("captions")
+    if not isinstance(captions, dict) or not all(_is_list_of_texts(texts) for texts in captions.values()):
+        return 'its json has neither "content" nor "captions" with a list of texts for each language'
+    if not any(captions.values()):
+        return "it has no caption"
+    return None if pictures == 1 else f"it has captions and {pictures} pictures instead of one"
+
+
+def _is_list_of_texts(texts: Any) -> bool:
+    return isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+
+
+def _fault_of_content(parts: Any, pictures: int) -> str | None:
+    if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
+        return "its content is no list of parts"
+    images = [part for part in parts if "image" in part]
+    if not all(isinstance(part.get("text"), str) for part in parts if "image" not in part) or any("text" in p for p in images):
+        return "a part of its content is neither a text nor an image"
+    if [part["image"] for part in images] != list(range(pictures)):
+        return f"the images of its content are not its {pictures} pictures, each once and in their order"
+    if any(part.get("learn") for part in parts[:-1] if "image" in part):
+        return "an image to be painted is not the last part of its content"
+    return None

@@ -1,0 +1,285 @@
+"""The index of a data set: what planning needs to know of every sample, without reading a shard.
+
+    index.json       `Index`'s fields, written last and atomically
+    index/*.npy      columns, memory-mapped: 10 million samples open in a fraction of a second
+
+The global id of a sample is its rank: the shards in their order, the samples in theirs, all training samples first. A *pair* is a
+picture with captions, a *content* sample a list of parts (see `content`). Axes: n samples, t texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+FORMAT_VERSION = 2
+INDEX_NAME = "index.json"
+COLUMN_FOLDER = "index"
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
+PAIR, CONTENT = 0, 1
+"""Kinds of sample."""
+NO_LANGUAGE = 255
+"""Language of a content sample's text."""
+
+COLUMNS: dict[str, type[np.unsignedinteger[Any]]] = {
+    "offset": np.uint64,
+    "size": np.uint32,
+    "kind": np.uint8,
+    "images": np.uint16,
+    "learned": np.uint32,
+    "paints": np.uint8,
+    "text_start": np.uint64,
+    "text_tokens": np.uint32,
+    "text_language": np.uint8,
+}
+"""Every column and its type; `Index` says what it holds."""
+
+
+class BadDataError(ValueError):
+    """The data set turned out, while it was read, to be unfit."""
+
+
+class Files(Protocol):
+    """Where a data set lies."""
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes of a file, or an OSError."""
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where it is missing."""
+
+    def local(self, name: str) -> Path:
+        """The whole file on this machine."""
+
+
+class LocalFiles:
+    """A directory of this machine. Open files do not travel to another process, and reopen there.
+
+    Args:
+        root: the directory.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self._root = Path(root)
+        self._open: dict[str, int] = {}
+        self._process = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+    def __del__(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes of a file, or an OSError."""
+        descriptor = self._open.get(name)
+        if descriptor is None:
+            descriptor = self._open[name] = os.open(self._root / name, os.O_RDONLY)
+        data = os.pread(descriptor, size, offset)
+        if len(data) != size:
+            raise OSError(f"{self._root / name} ends within the {size} bytes at {offset}: copy or prepare the data set anew")
+        return data
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where it is missing."""
+        file = self._root / name
+        return file.stat().st_size if file.is_file() else None
+
+    def local(self, name: str) -> Path:
+        """The file itself."""
+        return self._root / name
+
+
+@dataclass(kw_only=True)
+class Shard:
+    """One tar."""
+
+    name: str
+    split: Split
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(kw_only=True)
+class Index:
+    """Content of index.json, and the columns beside it.
+
+    Attributes:
+        offset, size: [n] in bytes, of the sample within its shard, from its first header to the end of its last member's padding.
+        kind: [n] PAIR or CONTENT.
+        images: [n] number of pictures.
+        learned: [n] content: text tokens, with <eos>, to be learned; pair: 0.
+        paints: [n] content: 1 where the last part is an image to be painted.
+        text_start: [n + 1] the texts of sample i are those from text_start[i] to text_start[i + 1].
+        text_tokens: [t] tokens of a text. Pair: one entry for each caption, language by language in the order of `languages`.
+            Content: one entry, with the <eos> of each part that has one.
+        text_language: [t] place in `languages`; content: 255.
+    """
+
+    format_version: int = FORMAT_VERSION
+    made_by: dict[str, Any]
+    """The source and its settings."""
+    image_size: int
+    """Pixels along each side."""
+    codec: str
+    """Fingerprint of the codec the images were sized for."""
+    tokenizer: str
+    """Fingerprint of the tokenizer."""
+    num_tokens: int
+    """Tokens of an image, N."""
+    channels: int
+    """Channels of an image token, C."""
+    pictures: bool
+    """Whether the pixels are stored."""
+    moments: bool
+    """Whether the codec's moments are stored."""
+    flipped: bool
+    """Whether the moments of the mirrored pictures are stored."""
+    teacher: dict[str, Any] | None
+    """`fingerprint`, and `features` for each token; None where no teacher's features are stored."""
+    languages: list[str]
+    columns: dict[str, dict[str, Any]]
+    """By name, SHA-256 and bytes of the file."""
+    shards: list[Shard]
+    """The training shards first."""
+    files: dict[str, Path] = field(repr=False, compare=False)
+    """The columns' files on this machine."""
+
+    def __post_init__(self) -> None:
+        self._starts = np.concatenate([[0], np.cumsum([shard.samples for shard in self.shards], dtype=np.int64)])
+        arrays = {name: np.asarray(np.load(self.files[name], mmap_mode="r")) for name in COLUMNS}
+        self.offset, self.size, self.kind = arrays["offset"], arrays["size"], arrays["kind"]
+        self.images, self.learned, self.paints = arrays["images"], arrays["learned"], arrays["paints"]
+        self.text_start, self.text_tokens = arrays["text_start"], arrays["text_tokens"]
+        self.text_language = arrays["text_language"]
+        lengths = {name: len(arrays[name]) for name in COLUMNS}
+        n, t = int(self._starts[-1]), int(self.text_start[-1])
+        expected = dict.fromkeys(COLUMNS, n) | {"text_start": n + 1, "text_tokens": t, "text_language": t}
+        if wrong := [name for name in COLUMNS if lengths[name] != expected[name]]:
+            raise ValueError(f"the columns {wrong} do not fit the {n:,} samples of {INDEX_NAME}: rebuild it with `{REBUILD}`")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process maps the files for itself: pickled, the arrays would be copied.
+        return _unpickle, ({f.name: getattr(self, f.name) for f in fields(self)},)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def count(self, split: Split) -> int:
+        """Number of samples of a split."""
+        return sum(shard.samples for shard in self.shards if shard.split == split)
+
+    def ids(self, split: Split) -> range:
+        """The ids of a split's samples."""
+        train = self.count("train")
+        return range(train) if split == "train" else range(train, len(self))
+
+    def shard_of(self, ids: Any) -> NDArray[np.int64]:
+        """The numbers, in `shards`, of the shards that hold samples; any shape."""
+        return np.searchsorted(self._starts, ids, side="right") - 1
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """[shards + 1] id of each shard's first sample."""
+        return self._starts
+
+    @staticmethod
+    def load(directory: str | Path, *, files: Files | None = None) -> Index:
+        """Opens the index of a data set.
+
+        Args:
+            directory: the data set.
+            files: where it lies; none: it is a directory of this machine.
+
+        Raises:
+            ValueError: there is none, it is not whole, or it has another format version.
+        """
+        files = files or LocalFiles(directory)
+        if files.size(INDEX_NAME) is None:
+            raise ValueError(
+                f"no data set at {directory}: make one with `python tools/prepare_data.py shapes --out {directory}` (or `emoji`)"
+            )
+        content = _read_header(directory, files)
+        local = {}
+        for name, column in content["columns"].items():
+            path = column_path(name)
+            if (found := files.size(path)) != column["bytes"]:
+                size = "is missing" if found is None else f"has {found:,} bytes"
+                raise ValueError(
+                    f"{directory}/{path} {size}, {INDEX_NAME} says {column['bytes']:,} bytes: copy it again or `{REBUILD}`"
+                )
+            local[name] = files.local(path)
+        return Index(**{**content, "shards": [Shard(**shard) for shard in content["shards"]], "files": local})
+
+
+REBUILD = "python tools/prepare_data.py index DIR"
+
+
+def _unpickle(state: dict[str, Any]) -> Index:
+    return Index(**state)
+
+
+def column_path(name: str) -> str:
+    """A column's file within the data set."""
+    return f"{COLUMN_FOLDER}/{name}.npy"
+
+
+def _read_header(directory: str | Path, files: Files) -> dict[str, Any]:
+    name = f"{directory}/{INDEX_NAME}"
+    try:
+        content = json.loads(files.local(INDEX_NAME).read_bytes())
+        found = content["format_version"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{name} is not a complete index: copy it again, or prepare the data set anew") from error
+    if found != FORMAT_VERSION:
+        raise ValueError(f"{name} has format version {found}, this program reads {FORMAT_VERSION}: prepare the data set anew")
+    known = {f.name for f in fields(Index)} - {"files"}
+    if content.keys() != known or content["columns"].keys() != COLUMNS.keys():
+        raise ValueError(f"{name} is not a complete index: copy it again, or rebuild it with `{REBUILD}`")
+    return content
+
+
+def write_index(
+    directory: Path, *, shards: Sequence[Shard], columns: Sequence[Mapping[str, NDArray[Any]]], **header: Any
+) -> Index:
+    """Writes the columns, then index.json.
+
+    Args:
+        directory: holds the shards.
+        shards: in their order.
+        columns: of each shard, as `ShardFile.close` returns them.
+        header: the other fields of `Index`.
+    """
+    assert len(shards) == len(columns)
+    (directory / COLUMN_FOLDER).mkdir(exist_ok=True)
+    written = {}
+    for name, dtype in COLUMNS.items():
+        if name == "text_start":  # each shard has the number of texts of its samples instead
+            values = np.concatenate([[0], np.cumsum(np.concatenate([of_shard["texts"] for of_shard in columns]))]).astype(dtype)
+        else:
+            values = np.concatenate([of_shard[name] for of_shard in columns]).astype(dtype, copy=False)
+        file = directory / column_path(name)
+        np.save(file, values)
+        written[name] = {"sha256": sha256_of(file), "bytes": file.stat().st_size}
+    content = {"format_version": FORMAT_VERSION, **header, "columns": written, "shards": [asdict(shard) for shard in shards]}
+    unfinished = directory / f".{INDEX_NAME}.unfinished"
+    unfinished.write_text(json.dumps(content, separators=(",", ":"), ensure_ascii=False))
+    unfinished.replace(directory / INDEX_NAME)
+    return Index.load(directory)
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
