@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from mmar_megatron.data.draw import Use, draw_mask, draw_mask_ratio, sample_generator, source_seed
 from mmar_megatron.data.sequence import Document, DocumentImage, Text
-from mmar_megatron.data.shards import BadDataError, Sample, ShardReader
+from mmar_megatron.data.index import BadDataError
+from mmar_megatron.data.shards import Sample, ShardReader
 from mmar_megatron.data.source import DataSet, DataSource
 from mmar_megatron.data.stream import DocumentPlan, Task
 from mmar_megatron.data.vae import sample_tokens
@@ -48,9 +49,11 @@ class DocumentMaker:
         if plan.task is Task.CONTENT:
             return self._content(sample, opened, sample_id=sample_id, generator=generator, flip=flip)
         if plan.task is Task.IMAGE_ONLY:
-            image = self._image(sample, len(sample.image_members) - 1, generator, flip=flip, paint=True)
+            number = 0 if sample.content is None else sample.content[-1]["image"]
+            image = self._image(sample, number, generator, flip=flip, paint=True)
             return builder.text_to_image([], image=image, sample_id=sample_id)
-        text = self._encode([sample.texts(opened.index.languages)[plan.text]], sample, opened, text=plan.text)[0]
+        texts = [text for language in opened.index.languages for text in sample.captions.get(language, [])]
+        text = self._encode(texts[plan.text : plan.text + 1], sample, opened, text=plan.text)[0]
         paint = plan.task is Task.TEXT_TO_IMAGE
         image = self._image(sample, 0, generator, flip=flip, paint=paint)
         build = builder.text_to_image if paint else builder.image_to_text
@@ -59,7 +62,7 @@ class DocumentMaker:
     def _content(
         self, sample: Sample, opened: DataSet, *, sample_id: int, generator: np.random.Generator, flip: bool
     ) -> Document:
-        parts = sample.content
+        parts = sample.content or []
         tokens = iter(self._encode([part["text"] for part in parts if "text" in part], sample, opened, ends=_ends(parts)))
         made: list[Text | DocumentImage] = []
         for part in parts:
@@ -75,7 +78,7 @@ class DocumentMaker:
         tokens = [self._source.tokenizer.encode(t) for t in texts]
         found, index = sum(map(len, tokens)) + ends, opened.index
         counted = int(index.text_tokens[int(index.text_start[sample.sample_id]) + text])
-        if found != counted:
+        if not texts or found != counted:
             raise BadDataError(
                 f"{opened.path}: sample {sample.key} has a text of {found} tokens, the index says {counted}: "
                 f"`python tools/prepare_data.py index {opened.path}` makes the index anew"

@@ -54,6 +54,9 @@ class Files(Protocol):
     def read(self, name: str, offset: int, size: int) -> bytes:
         """Exactly `size` bytes of a file, or an OSError."""
 
+    def read_ahead(self, ranges: Sequence[tuple[str, int, int]]) -> None:
+        """A hint that these (name, offset, size) are read soon, in this order."""
+
     def size(self, name: str) -> int | None:
         """Bytes of a file; None where it is missing."""
 
@@ -89,6 +92,9 @@ class LocalFiles:
         if len(data) != size:
             raise OSError(f"{self._root / name} ends within the {size} bytes at {offset}: copy or prepare the data set anew")
         return data
+
+    def read_ahead(self, ranges: Sequence[tuple[str, int, int]]) -> None:
+        """The system's own read-ahead does."""
 
     def size(self, name: str) -> int | None:
         """Bytes of a file; None where it is missing."""
@@ -188,6 +194,12 @@ class Index:
     def shard_of(self, ids: Any) -> NDArray[np.int64]:
         """The numbers, in `shards`, of the shards that hold samples; any shape."""
         return np.searchsorted(self._starts, ids, side="right") - 1
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the content: that of all shards and columns."""
+        sums = [shard.sha256 for shard in self.shards] + [self.columns[name]["sha256"] for name in COLUMNS]
+        return hashlib.sha256(" ".join(sums).encode()).hexdigest()
 
     @property
     def starts(self) -> NDArray[np.int64]:

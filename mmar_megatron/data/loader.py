@@ -22,7 +22,8 @@ from mmar_megatron.data.batch import Batch
 from mmar_megatron.data.documents import DocumentMaker, latents_of, visible_image
 from mmar_megatron.data.draw import Use, draw_mask, sample_generator
 from mmar_megatron.data.sequence import Document, DocumentImage, Text
-from mmar_megatron.data.shards import BadDataError, Sample, UndecodableSampleError
+from mmar_megatron.data.index import BadDataError
+from mmar_megatron.data.shards import Sample, UndecodableSampleError
 from mmar_megatron.data.source import DataSource
 from mmar_megatron.data.stream import DocumentPlan, Stream, StreamState
 from mmar_megatron.platform import STOP_SIGNALS, die_with_parent
@@ -330,7 +331,7 @@ class ValidationLoader:
             Text(encode(part["text"]), learn=part.get("learn", False), end=part.get("end", False))
             if "text" in part
             else visible_image(latents_of(sample, part["image"], source=source, generator=generator))
-            for part in sample.content
+            for part in sample.content or []
         ]
         return source.builder.content(parts, sample_id=sample_id)
 

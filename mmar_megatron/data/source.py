@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 
 from mmar_megatron.data.batch import Batch
 from mmar_megatron.data.codec import ImageCodec, build_codec
-from mmar_megatron.data.index import CONTENT_LANGUAGE, Index, Kind
+from mmar_megatron.data.index import NO_LANGUAGE, PAIR, Files, Index, LocalFiles, Split
 from mmar_megatron.data.sequence import Document, DocumentBuilder, assemble
-from mmar_megatron.data.shards import Sample, ShardReader, Split
-from mmar_megatron.data.storage import open_storage
+from mmar_megatron.data.shards import Sample, ShardReader
 from mmar_megatron.data.stream import Planner, PlanSettings, SourceLengths
 from mmar_megatron.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -33,6 +32,7 @@ class DataSet:
     path: str
     weight: float
     tasks: TaskConfig
+    files: Files
     index: Index
     first_id: int
     """What is added to a sample's number to tell it from other sources' samples in reports."""
@@ -40,7 +40,7 @@ class DataSet:
     @property
     def has_pairs(self) -> bool:
         """Whether it holds pictures with captions, beside or instead of content."""
-        return bool((self.index.kind == Kind.PAIR).any())
+        return bool((self.index.kind == PAIR).any())
 
 
 class DataSource:
@@ -71,9 +71,9 @@ class DataSource:
     def _load_tokenizer(self) -> Tokenizer:
         if self.config.tokenizer is not None:
             return load_tokenizer(self.config.tokenizer)
-        storage = open_storage(self._tokenizer_path, cache_dir=self.config.cache_dir)
-        names = [name for name in ("tokenizer.model", "tokenizer.json") if storage.size(name) is not None]
-        return load_tokenizer(storage.local(names[0]) if names else self._tokenizer_path)
+        files = self.sets[0].files
+        names = [name for name in ("tokenizer.model", "tokenizer.json") if files.size(name) is not None]
+        return load_tokenizer(files.local(names[0]) if names else self._tokenizer_path)
 
     def _check(self, opened: DataSet) -> None:
         path, index = opened.path, opened.index
@@ -118,9 +118,9 @@ class DataSource:
         (path, first), *others = teachers.items()
         for other, found in others:
             if found != first:
-                raise ValueError(f"{path} has features of the teacher ({first}), but {other} of ({found}): prepare one of them anew")
+                raise ValueError(f"{path} has the teacher's features ({first}), but {other} ({found}): prepare one of them anew")
         assert first is not None
-        return first.features
+        return int(first["features"])
 
     # --- what is in it ----------------------------------------------------------------------------------------------------------
 
@@ -137,10 +137,7 @@ class DataSource:
             ValueError: the split is empty, or a shard missing or truncated.
         """
         opened = of or self.validation_set
-        storage = open_storage(
-            opened.path, cache_dir=self.config.cache_dir, cache_bytes=int(self.config.cache_gb * 1e9) if self.config.cache_dir else 0
-        )
-        return ShardReader(storage, index=opened.index, split=split, cache_bytes=cache_bytes)
+        return ShardReader(opened.path, index=opened.index, split=split, cache_bytes=cache_bytes, files=opened.files)
 
     def planner(self, *, seed: int) -> Planner:
         """Plans the training stream."""
@@ -161,7 +158,7 @@ class DataSource:
         """Of the samples that validate: the pairs of the held-out split, or all of it where there are none."""
         index = self.validation_set.index
         ids = index.ids("validation")
-        pairs = np.flatnonzero(index.kind[ids.start : ids.stop] == Kind.PAIR)
+        pairs = np.flatnonzero(index.kind[ids.start : ids.stop] == PAIR)
         return pairs if self.validation_set.has_pairs else np.arange(len(ids))
 
     def held_out_pairs(self, count: int) -> list[Sample]:
@@ -203,9 +200,16 @@ def _open_all(config: DataConfig) -> Iterator[DataSet]:
     sources: dict[str, SourceConfig] = config.sources or {SINGLE: SourceConfig(path=config.path)}
     first_id = 0
     for name, source in sources.items():
-        index = Index.load(open_storage(source.path, cache_dir=config.cache_dir))
+        files = LocalFiles(source.path)
+        index = Index.load(source.path, files=files)
         yield DataSet(
-            name=name, path=source.path, weight=source.weight, tasks=source.tasks or config.tasks, index=index, first_id=first_id
+            name=name,
+            path=source.path,
+            weight=source.weight,
+            tasks=source.tasks or config.tasks,
+            files=files,
+            index=index,
+            first_id=first_id,
         )
         first_id += len(index)
 
@@ -219,7 +223,7 @@ def _lengths(opened: DataSet, *, languages: Sequence[str]) -> SourceLengths:
         weight=opened.weight,
         task_weights=(weights["text_to_image"], weights["image_to_text"], weights["image_only"]),
         fingerprint=index.fingerprint,
-        is_pair=np.asarray(index.kind[ids.start : ids.stop]) == Kind.PAIR,
+        is_pair=np.asarray(index.kind[ids.start : ids.stop]) == PAIR,
         images=index.images[ids.start : ids.stop],
         paints=index.paints[ids.start : ids.stop].astype(bool),
         learned=index.learned[ids.start : ids.stop],
@@ -232,7 +236,7 @@ def _lengths(opened: DataSet, *, languages: Sequence[str]) -> SourceLengths:
 def _text_groups(index: Index, languages: Sequence[str]) -> NDArray[np.int16]:
     """[T]: the language of each text, -1 where it is not among those asked for."""
     group_of = np.full(256, -1, dtype=np.int16)
-    group_of[CONTENT_LANGUAGE] = CONTENT_LANGUAGE
+    group_of[NO_LANGUAGE] = NO_LANGUAGE
     for code, language in enumerate(index.languages):
         if language in languages:
             group_of[code] = code
