@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from mmar_megatron import parallel, platform
 from mmar_megatron.config import CommandLine, Config, parse_command_line
 from mmar_megatron.config_checks import validate_world
-from mmar_megatron.data.prepare import ensure_data
 from mmar_megatron.data.index import BadDataError
+from mmar_megatron.data.prepare import ensure_data
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.parallel import ParallelGroups
 from mmar_megatron.scaling.expected import RowMeans

@@ -137,7 +137,7 @@ class SourceConfig:
     path: str
     """A directory made by `tools/prepare_data.py`, or the URL of one."""
     weight: float = 1.0
-    """Share of the documents that come from here, relative to the other sources'. An epoch ends when each sample was read once."""
+    """Share of the documents that come from here, relative to the other sources'."""
     tasks: TaskConfig | None = None
     """None: `data.tasks`."""
 

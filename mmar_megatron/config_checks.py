@@ -30,7 +30,13 @@ NOT_NEGATIVE = (
     *("train.max_bad_steps", "train.spike_zscore", "train.hang_timeout_s"),
     *("optimizer.lr", "optimizer.min_lr", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_grad"),
 )
-SHARES = ("data.mask_ratio.minimum", "data.caption_dropout", "data.horizontal_flip", "data.max_bad_fraction", "optimizer.ema_decay")
+SHARES = (
+    "data.mask_ratio.minimum",
+    "data.caption_dropout",
+    "data.horizontal_flip",
+    "data.max_bad_fraction",
+    "optimizer.ema_decay",
+)
 NOT_EMPTY = ("data.languages", "validation.mask_ratios")
 NOT_OURS = {
     "normalization": ("RMSNorm", "the backbone's norm is RMSNorm"),
@@ -203,7 +209,9 @@ def _check_tasks(option: str, tasks: Namespace) -> None:
 def _check_sources(data: Namespace) -> None:
     sources = data.sources
     for name, source in sources.items():
-        _require(source.weight > 0, f"data.sources.{name}.weight is {source.weight}: it must be above 0, or leave the source out.")
+        _require(
+            source.weight > 0, f"data.sources.{name}.weight is {source.weight}: it must be above 0, or leave the source out."
+        )
         if source.tasks is not None:
             _check_tasks(f"data.sources.{name}.tasks", source.tasks)
     _require(

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import closing
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -31,8 +31,8 @@ from mmar_megatron import parallel, platform
 from mmar_megatron.config import CheckpointConfig, Config, parse_command_line
 from mmar_megatron.config_checks import validate_world
 from mmar_megatron.data.batch import Batch
-from mmar_megatron.data.source import DataSource
 from mmar_megatron.data.prepare import ensure_data
+from mmar_megatron.data.source import DataSource
 from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.parallel import ParallelGroups
 from mmar_megatron.scaling.split import split_pipeline
@@ -75,7 +75,7 @@ def compare_steps(options: Sequence[str], *, variant: Sequence[str], rounds: int
         raise ValueError("The variant changes layout or data: such runs are compared in two runs, by tools/plot_run.py.")
     config, source, groups = prepare(config)
     engines = [build_engine(c, source=source, groups=groups) for c in (config, split_pipeline(other, source))]
-    microbatches = one_step_of_data(config, groups=groups)
+    microbatches = one_step_of_data(config, source=source, groups=groups)
 
     def step(engine: NativeEngine) -> None:
         engine.train_step(microbatches, learning_rate=config.optimizer.lr)
@@ -90,7 +90,7 @@ def compare_saves(options: Sequence[str], *, directory: Path | None, rounds: int
     """Seconds for which `save` holds up training in both modes, the bytes of a checkpoint, and seconds to verify one."""
     config, source, groups = prepare(parse_command_line(options).config)
     engine = build_engine(config, source=source, groups=groups)
-    engine.train_step(one_step_of_data(config, groups=groups), learning_rate=config.optimizer.lr)
+    engine.train_step(one_step_of_data(config, source=source, groups=groups), learning_rate=config.optimizer.lr)
     shared = [tempfile.mkdtemp(prefix="benchmark-", dir=directory) if torch.distributed.get_rank() == 0 else None]
     torch.distributed.broadcast_object_list(shared, group=groups.control)
     run_dir = Path(str(shared[0]))
@@ -132,11 +132,12 @@ def prepare(config: Config) -> tuple[Config, DataSource, ParallelGroups]:
     return split_pipeline(config, source), source, groups
 
 
-def one_step_of_data(config: Config, *, groups: ParallelGroups) -> list[Batch]:
+def one_step_of_data(config: Config, *, source: DataSource, groups: ParallelGroups) -> list[Batch]:
     """This rank's microbatches of the first step."""
     train = config.train
-    loader = build_loader(replace(config, data=replace(config.data, num_workers=0)), groups=groups)
-    return list(islice(loader, train.global_batch_size // (train.micro_batch_size * groups.data.size())))
+    loader = build_loader(config, source=source, groups=groups)
+    with closing(iter(loader)) as batches:
+        return list(islice(batches, train.global_batch_size // (train.micro_batch_size * groups.data.size())))
 
 
 def in_turn(

@@ -18,8 +18,8 @@ import numpy as np
 
 from mmar_megatron import parallel, platform
 from mmar_megatron.config import Config, parse_command_line
-from mmar_megatron.data.source import DataSource
 from mmar_megatron.data.shards import Sample
+from mmar_megatron.data.source import DataSource
 from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.evaluation.scores import TARGETS, loss_scores, missed, shape_scores, table
 from mmar_megatron.evaluation.sheet import write_sheet

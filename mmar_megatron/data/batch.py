@@ -1,7 +1,7 @@
 """The one form in which data reaches the model: a microbatch, fixed in shape but for the number of its images.
 
-Axes: B sequences, S positions, K documents of the row that has most, M image slots (at least one, which may be empty), N tokens of
-an image, C channels of a token, R noise levels for each token (the timestep multiplier), F features of the alignment teacher.
+Axes: B sequences, S positions, K documents of the row that has most, M image slots (one at least, which may be empty), N tokens
+of an image, C channels of a token, R noise levels for each token (the timestep multiplier), F features of the alignment teacher.
 """
 
 from __future__ import annotations

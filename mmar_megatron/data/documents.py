@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmar_megatron.data.draw import Use, draw_mask, draw_mask_ratio, sample_generator, source_seed
-from mmar_megatron.data.sequence import Document, DocumentImage, Text
 from mmar_megatron.data.index import BadDataError
+from mmar_megatron.data.sequence import Document, DocumentImage, Text
 from mmar_megatron.data.shards import Sample, ShardReader
 from mmar_megatron.data.source import DataSet, DataSource
 from mmar_megatron.data.stream import DocumentPlan, Task
@@ -85,9 +85,7 @@ class DocumentMaker:
             )
         return tokens
 
-    def _image(
-        self, sample: Sample, number: int, generator: np.random.Generator, *, flip: bool, paint: bool
-    ) -> DocumentImage:
+    def _image(self, sample: Sample, number: int, generator: np.random.Generator, *, flip: bool, paint: bool) -> DocumentImage:
         latents_NC = latents_of(sample, number, source=self._source, generator=generator, flip=flip)
         teacher_NF = _teacher_of(sample, number, source=self._source, flip=flip)
         if not paint:
@@ -115,7 +113,7 @@ def visible_image(latents_NC: NDArray[np.float32], *, teacher_NF: NDArray[np.flo
 def latents_of(
     sample: Sample, number: int, *, source: DataSource, generator: np.random.Generator, flip: bool = False
 ) -> NDArray[np.float32]:
-    """Tokens [N, C] of one of the sample's pictures: drawn from its cached moments where it has them, else encoded from pixels."""
+    """Tokens [N, C] of one of the sample's pictures: drawn from cached moments where it has them, else encoded from pixels."""
     moments_I2NC = sample.flipped_I2NC if flip else sample.moments_I2NC
     if moments_I2NC is not None:
         return sample_tokens(moments_I2NC[number], generator)

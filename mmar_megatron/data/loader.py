@@ -1,8 +1,8 @@
 """Loaders: the microbatches of one data-parallel rank, for training and for validation.
 
-A step takes the next G rows of the stream (`stream.Stream`), G being the global batch size; of them microbatch m of rank r takes the
-block of B that begins at (m * ranks + r) * B. What a row holds does not depend on the layout. So the state of the stream is
-the same on all ranks, and each step sees the same rows at any number of ranks and of workers. Axes: B sequences, R noise levels.
+A step takes the next G rows of the stream (see `stream`), G being the global batch size; of them microbatch m of rank r takes the
+block of B that begins at (m * ranks + r) * B. What a row holds does not depend on the layout. So the state of the stream is the
+same on all ranks, and each step sees the same rows at any number of ranks and of workers. Axes: B sequences, R noise levels.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from mmar_megatron.data.batch import Batch
 from mmar_megatron.data.documents import DocumentMaker, latents_of, visible_image
 from mmar_megatron.data.draw import Use, draw_mask, sample_generator
-from mmar_megatron.data.sequence import Document, DocumentImage, Text
 from mmar_megatron.data.index import BadDataError
+from mmar_megatron.data.sequence import Document, DocumentImage, Text
 from mmar_megatron.data.shards import Sample, UndecodableSampleError
 from mmar_megatron.data.source import DataSource
 from mmar_megatron.data.stream import DocumentPlan, Stream, StreamState
 from mmar_megatron.platform import STOP_SIGNALS, die_with_parent
 
 if TYPE_CHECKING:
-    from mmar_megatron.config import DataConfig
+    pass
 
 _CACHE_BYTES = 512 * 2**20
 """For decoded samples, on each rank, over all its workers."""
@@ -87,9 +87,7 @@ class _Shares(NamedTuple):
 class _Microbatches(Dataset[Loaded]):
     """The rank's microbatch k as a pure function of k, so that any worker may make it; each asks for them in rising order."""
 
-    def __init__(
-        self, source: DataSource, *, seed: int, timestep_multiplier: int, shares: _Shares, state: StreamState
-    ) -> None:
+    def __init__(self, source: DataSource, *, seed: int, timestep_multiplier: int, shares: _Shares, state: StreamState) -> None:
         self._source, self._shares = source, shares
         self._timestep_multiplier = timestep_multiplier
         cache_bytes = _CACHE_BYTES // max(1, source.config.num_workers) // len(source.sets)
@@ -155,7 +153,7 @@ class TrainLoader:
 
     Attributes:
         state: after the step to which the last microbatch handed out belongs; the same on all ranks.
-        counts: by source, samples read, samples skipped and documents truncated on this rank in the microbatches handed out so far.
+        counts: by source, samples read and skipped and documents truncated, on this rank in the microbatches handed out so far.
         again: rows of the stream that come a second time, because the settings of the data have changed since the state was kept.
 
     Raises:
@@ -364,4 +362,3 @@ class ValidationLoader:
                 return sample, other
         path = self.source.validation_set.path
         raise ValueError(f"all validation samples in {path} have the caption {caption!r}: none can be wrong")
-

@@ -29,7 +29,8 @@ def pack(lengths_D: NDArray[np.int64], *, sequence_length: int) -> list[list[int
         length = lengths[document]
         fitting = bisect_left(rooms, length)
         if fitting == len(rooms):
-            row, room = [], sequence_length
+            row: list[int] = []
+            room = sequence_length
             rows.append(row)
         else:
             room = rooms[fitting]

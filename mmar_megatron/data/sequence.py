@@ -129,14 +129,15 @@ class DocumentBuilder:
         for part in parts[: len(parts) - (painted is not None)]:
             room = limit - len(document.tokens_L)
             if isinstance(part, DocumentImage):
-                if document.truncated := room < self.image_length:
-                    break
-                self._add_image(document, part)
+                document.truncated = room < self.image_length
+                if not document.truncated:
+                    self._add_image(document, part)
             else:
                 tokens = [*part.tokens, *([self._tokenizer.eos_id] if part.end else [])]
+                document.truncated = len(tokens) > room
                 self._add_text(document, tokens[:room], learn=part.learn)
-                if document.truncated := len(tokens) > room:
-                    break
+            if document.truncated:
+                break
         if painted:
             self._add_image(document, painted)
         return document

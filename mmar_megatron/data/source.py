@@ -89,7 +89,7 @@ class DataSource:
             )
         if self.config.horizontal_flip > 0 and self.config.codec.kind == "vae" and not index.flipped:
             raise ValueError(
-                f"{path} holds no latents of mirrored pictures, which data.horizontal_flip {self.config.horizontal_flip} asks for: "
+                f"{path} holds no latents of mirrored pictures, but data.horizontal_flip is {self.config.horizontal_flip}: "
                 "set that to 0, or prepare the data set with --flip"
             )
         self._check_languages(opened)

@@ -16,8 +16,8 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import NamedTuple
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -159,12 +159,12 @@ class Planner:
         self.sources, self.settings = sources, settings
         self._seeds = [source_seed(settings.seed, source.name) for source in sources]
         self._orders: dict[tuple[int, int], ShuffledOrder] = {}
-        order = [settings.seed, settings.window, settings.shuffle_block, settings.shuffle_pool]
-        order += [(s.name, s.weight, s.fingerprint) for s in sources]
+        decisive: list[Any] = [settings.seed, settings.window, settings.shuffle_block, settings.shuffle_pool]
+        decisive += [(s.name, s.weight, s.fingerprint) for s in sources]
         if settings.packing:  # then it also matters how long documents are
-            groups = [hashlib.sha256(np.ascontiguousarray(s.text_group)).hexdigest() for s in sources]
-            order += [settings, [s.task_weights for s in sources], groups]
-        self.fingerprint = hashlib.sha256(repr(order).encode()).hexdigest()[:16]
+            groups = [hashlib.sha256(s.text_group.tobytes()).hexdigest() for s in sources]
+            decisive += [settings, [s.task_weights for s in sources], groups]
+        self.fingerprint = hashlib.sha256(repr(decisive).encode()).hexdigest()[:16]
 
     def window(self, position: int, *, places: Mapping[str, int]) -> Window:
         """The documents from a position of the stream on, of which each source gave so many before."""
@@ -210,14 +210,14 @@ class Planner:
         numbers = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
             numbers[epochs == epoch] = self._order(s, epoch)(within[epochs == epoch])
-        ids = {"seed": seed, "epochs_P": epochs}
+        drawn = partial(uniforms, numbers, seed=seed, epochs_P=epochs)
         pair = source.is_pair[numbers]
         task = choose(low_discrepancy(places, seed=seed), weights=source.task_weights) if pair.any() else np.zeros_like(places)
-        dropped = uniforms(numbers, **ids, use=Use.DROPOUT) < settings.caption_dropout
+        dropped = drawn(use=Use.DROPOUT) < settings.caption_dropout
         paints = np.where(pair, task == Task.TEXT_TO_IMAGE, source.paints[numbers])
         task = np.where(dropped & paints, Task.IMAGE_ONLY, np.where(pair, task, Task.CONTENT))
 
-        text = _draw_texts(source, numbers, group_u=uniforms(numbers, **ids, use=Use.LANGUAGE), u=uniforms(numbers, **ids, use=Use.CAPTION))
+        text = _draw_texts(source, numbers, group_u=drawn(use=Use.LANGUAGE), u=drawn(use=Use.CAPTION))
         tokens = source.text_tokens[text].astype(np.int64)
         images = np.where(task == Task.CONTENT, source.images[numbers], 1)
         alone = settings.image_tokens + 4

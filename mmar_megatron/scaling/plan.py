@@ -171,9 +171,7 @@ class Plan:
         return [f"the run: {self.steps:,} steps, {samples:,} samples, {self.steps * self.tokens:,} tokens, {flops:.3e} FLOPs"]
 
 
-def plan(
-    config: Config, *, geometry: ImageGeometry, vocab_size: int, rows: RowMeans, world_size: int | None = None
-) -> Plan:
+def plan(config: Config, *, geometry: ImageGeometry, vocab_size: int, rows: RowMeans, world_size: int | None = None) -> Plan:
     """Plan a run, in one process and without a launcher. No process group may exist yet; none is left.
 
     Args:

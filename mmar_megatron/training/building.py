@@ -36,9 +36,7 @@ def build_engine(config: Config, *, source: DataSource, groups: ParallelGroups) 
     return NativeEngine(config, chunks=model, groups=groups)
 
 
-def build_loader(
-    config: Config, *, source: DataSource, groups: ParallelGroups, state: StreamState | None = None
-) -> TrainLoader:
+def build_loader(config: Config, *, source: DataSource, groups: ParallelGroups, state: StreamState | None = None) -> TrainLoader:
     """This rank's share of the training stream, from where it was left on."""
     return TrainLoader(
         source,

@@ -38,9 +38,7 @@ class Incidents:
         name_of: what a sample is called, by its id.
     """
 
-    def __init__(
-        self, run_dir: Path, *, resume_step: int, groups: ParallelGroups, name_of: Callable[[int], str] = str
-    ) -> None:
+    def __init__(self, run_dir: Path, *, resume_step: int, groups: ParallelGroups, name_of: Callable[[int], str] = str) -> None:
         self._run_dir, self._groups, self._name_of = run_dir, groups, name_of
         self._path = run_dir / INCIDENTS_FILE
         if groups.is_main:

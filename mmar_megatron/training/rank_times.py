@@ -28,8 +28,12 @@ class RankTimes:
         self._work_s += work_s
         self._steps += 1
 
-    def report(self) -> dict[str, float]:
-        """By their names in `metrics.jsonl`, averaged since the last report. All ranks call it together."""
+    def report(self, *, step_time_s: float) -> dict[str, float]:
+        """By their names in `metrics.jsonl`, averaged since the last report. All ranks call it together.
+
+        Args:
+            step_time_s: mean time of a whole step, of which the longest wait for data is given as a share.
+        """
         own = torch.tensor([self._loading_s, self._work_s]) / self._steps
         of_ranks = [torch.empty_like(own) for _ in range(self._control.size())]
         torch.distributed.all_gather(of_ranks, own, group=self._control)
@@ -38,7 +42,7 @@ class RankTimes:
         self._loading_s = self._work_s = 0.0
         self._steps = 0
         return {
-            "data_wait_max_s": float(loading.max()),
+            "data_wait_share": float(loading.max()) / step_time_s,
             "rank_time_mean_s": float(times.mean()),
             "rank_time_max_s": float(times.max()),
             "slowest_rank": int(times.argmax()),

@@ -61,13 +61,13 @@ class Trainer:
         )
         self._counted = self.progress
         self._bad_samples = 0
-        self.incidents = Incidents(
-            self.run_dir, resume_step=self.progress.step, groups=groups, name_of=source.name_of
-        )
+        self.incidents = Incidents(self.run_dir, resume_step=self.progress.step, groups=groups, name_of=source.name_of)
         self.rank_times = RankTimes(groups)
         self.loader = build_loader(config, source=source, groups=groups, state=self.progress.stream)
         if self.loader.again:
-            self._say(f"the settings of the data have changed: the last {self.loader.again} rows' window of documents is read anew")
+            self._say(
+                f"the settings of the data have changed: the last {self.loader.again} rows' window of documents is read anew"
+            )
         self.validation = Validation(config, source=source, groups=groups) if config.validation.every else None
         self.previews = Previews(config.preview, source=source, groups=groups, seed=config.seed) if config.preview.every else None
         self.shape = ModelShape.of(
@@ -113,8 +113,8 @@ class Trainer:
                 if validate or step % config.train.log_every == 0 or step == total:
                     metrics = self._metrics(result, learning_rate=rate)
                     self._count(throughput, counts_in_window)
-                    metrics |= throughput.report() | self.rank_times.report()
-                    metrics["data_wait_share"] = metrics["data_wait_max_s"] / metrics["step_time_s"]
+                    rates = throughput.report()
+                    metrics |= rates | self.rank_times.report(step_time_s=rates["step_time_s"])
                     with throughput.paused():
                         metrics |= self._validate() if validate and stop is None else {}
                         writer.write(metrics, step=step)
@@ -232,7 +232,9 @@ class Trainer:
         counts = Counts.from_tensor(counts_in_window.cpu())
         now, before = self.progress, self._counted
         sequences = (now.step - before.step) * self.config.train.global_batch_size
-        samples, tokens, images = (getattr(now.stream, name) - getattr(before.stream, name) for name in ("documents", "tokens", "images"))
+        samples, tokens, images = (
+            getattr(now.stream, name) - getattr(before.stream, name) for name in ("documents", "tokens", "images")
+        )
         flops = step_flops(
             self.shape,
             StepCounts(

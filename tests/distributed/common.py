@@ -12,12 +12,12 @@ from mmar_megatron import parallel, platform
 from mmar_megatron.config import CommandLine, parse_command_line
 from mmar_megatron.config_checks import validate_world
 from mmar_megatron.data.codec import PatchCodec
-from mmar_megatron.data.loader import DataSource, TrainLoader
+from mmar_megatron.data.loader import TrainLoader
 from mmar_megatron.data.prepare import make_shapes
 from mmar_megatron.engine.base import LossResult, StepResult
 from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.scaling.split import split_pipeline
-from mmar_megatron.training.building import build_engine, build_loader
+from mmar_megatron.training.building import build_engine, build_loader, open_source
 
 MODEL = [
     *("--model.backbone.num_layers", "4", "--model.backbone.hidden_size", "32", "--model.backbone.ffn_hidden_size", "64"),
@@ -49,9 +49,9 @@ def build(line: CommandLine) -> tuple[NativeEngine, TrainLoader, parallel.Parall
     validate_world(config, world_size=platform.world_size())
     groups = parallel.initialize(config.parallel)
     platform.seed_everything(config.seed, tensor_rank=groups.tensor.rank())
-    source = DataSource(config.data)
+    source = open_source(config)
     config = split_pipeline(config, source)
-    return build_engine(config, source=source, groups=groups), build_loader(config, groups=groups), groups
+    return build_engine(config, source=source, groups=groups), build_loader(config, source=source, groups=groups), groups
 
 
 def train(engine: NativeEngine, batches: Iterable, *, steps: int, microbatches: int, lr: float = 3e-3) -> list[StepResult]:

@@ -16,7 +16,7 @@ from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.model.mmar_model import build_model
 from mmar_megatron.parallel import ParallelGroups
-from mmar_megatron.scaling.expected import expected_masked
+from mmar_megatron.scaling.expected import RowMeans, expected_masked
 from mmar_megatron.scaling.plan import Memory, Plan, plan, stage_on_meta
 
 GEOMETRY = ImageGeometry(grid_height=4, grid_width=4, channels=12)
@@ -57,7 +57,13 @@ def config_of(*options: str) -> Config:
 
 
 def plan_of(*options: str, world_size: int | None = None) -> Plan:
-    return plan(config_of(*options), geometry=GEOMETRY, vocab_size=VOCAB, labels_per_caption=7.5, world_size=world_size)
+    return plan(
+        config_of(*options),
+        geometry=GEOMETRY,
+        vocab_size=VOCAB,
+        rows=RowMeans(images=1, labels=3.75, painted=0.5, filled=80),
+        world_size=world_size,
+    )
 
 
 @pytest.fixture
@@ -117,7 +123,9 @@ def test_13b_on_a_thousand_processes() -> None:
     config = parse_command_line(LARGE).config
     geometry = ImageGeometry(grid_height=16, grid_width=16, channels=16)
     start = time.perf_counter()
-    planned = plan(config, geometry=geometry, vocab_size=32000, labels_per_caption=30, world_size=1024)
+    planned = plan(
+        config, geometry=geometry, vocab_size=32000, rows=RowMeans(images=1, labels=15, painted=0.5, filled=300), world_size=1024
+    )
     assert time.perf_counter() - start < 10
     assert sum(planned.parameters.values()) == pytest.approx(13.1e9, rel=0.01)
     assert planned.parameters["backbone"] == 40 * (4 * 5120**2 + 3 * 5120 * 13824 + 2 * 5120) + 5120
