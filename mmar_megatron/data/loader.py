@@ -25,6 +25,7 @@ from mmar_megatron.data.index import BadDataError
 from mmar_megatron.data.sequence import Document, DocumentImage, Text
 from mmar_megatron.data.shards import Sample, UndecodableSampleError
 from mmar_megatron.data.source import DataSource
+from mmar_megatron.data.storage import StorageError
 from mmar_megatron.data.stream import DocumentPlan, Stream, StreamState
 from mmar_megatron.platform import STOP_SIGNALS, die_with_parent
 
@@ -211,11 +212,11 @@ class TrainLoader:
                 self._check_bad_fraction()
                 self.state = state
                 yield batch
-        except BadDataError as error:
+        except (BadDataError, StorageError) as error:
             # torch puts a worker's traceback before the message, which is all that a user can act on.
-            raise BadDataError(
-                str(error).strip().splitlines()[-1].removeprefix(f"{BadDataError.__module__}.BadDataError: ")
-            ) from error
+            kind = type(error)
+            last_line = str(error).strip().splitlines()[-1]
+            raise kind(last_line.removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")) from error
 
     def _check_bad_fraction(self) -> None:
         limit = self.source.config.max_bad_fraction

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from mmar_megatron.data.batch import Batch
 from mmar_megatron.data.codec import ImageCodec, build_codec
-from mmar_megatron.data.index import NO_LANGUAGE, PAIR, Files, Index, LocalFiles, Split
+from mmar_megatron.data.index import NO_LANGUAGE, PAIR, Index, Split
 from mmar_megatron.data.sequence import Document, DocumentBuilder, assemble
 from mmar_megatron.data.shards import Sample, ShardReader
+from mmar_megatron.data.storage import Storage, open_storage
 from mmar_megatron.data.stream import Planner, PlanSettings, SourceLengths
 from mmar_megatron.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -32,7 +33,7 @@ class DataSet:
     path: str
     weight: float
     tasks: TaskConfig
-    files: Files
+    files: Storage
     index: Index
     first_id: int
     """What is added to a sample's number to tell it from other sources' samples in reports."""
@@ -200,7 +201,7 @@ def _open_all(config: DataConfig) -> Iterator[DataSet]:
     sources: dict[str, SourceConfig] = config.sources or {SINGLE: SourceConfig(path=config.path)}
     first_id = 0
     for name, source in sources.items():
-        files = LocalFiles(source.path)
+        files = open_storage(source.path, cache_dir=config.cache_dir, cache_bytes=_cache_bytes(source.path, config))
         index = Index.load(source.path, files=files)
         yield DataSet(
             name=name,
@@ -212,6 +213,11 @@ def _open_all(config: DataConfig) -> Iterator[DataSet]:
             first_id=first_id,
         )
         first_id += len(index)
+
+
+def _cache_bytes(path: str, config: DataConfig) -> int:
+    """What is fetched is kept where a folder is given for it; local data are not fetched."""
+    return round(config.cache_gb * 1e9) if config.cache_dir and "://" in path else 0
 
 
 def _lengths(opened: DataSet, *, languages: Sequence[str]) -> SourceLengths:

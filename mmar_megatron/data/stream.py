@@ -221,15 +221,17 @@ class Planner:
         tokens = source.text_tokens[text].astype(np.int64)
         images = np.where(task == Task.CONTENT, source.images[numbers], 1)
         alone = settings.image_tokens + 4
+        room = settings.sequence_length - alone
+        told = task == Task.IMAGE_TO_TEXT
+        cut = tokens > room
+        text_length = np.minimum(tokens, room) - (cut & told)  # a text to be learned that is cut ends without <eos>
         length = np.select(
             [task == Task.CONTENT, task == Task.IMAGE_ONLY],
             [1 + tokens + images * (settings.image_tokens + 2), np.full_like(tokens, alone)],
-            default=alone + tokens,
+            default=alone + text_length,
         )
-        # A text that is cut ends without <eos>.
-        learned = np.where(tokens <= settings.sequence_length - alone, tokens + 1, settings.sequence_length - alone)
-        labels = np.select([task == Task.CONTENT, task == Task.IMAGE_TO_TEXT], [source.learned[numbers], learned], default=0)
-        painted = np.where(task == Task.CONTENT, source.paints[numbers], task != Task.IMAGE_TO_TEXT)
+        labels = np.select([task == Task.CONTENT, told], [source.learned[numbers], text_length + 1], default=0)
+        painted = np.where(task == Task.CONTENT, source.paints[numbers], ~told)
         text -= source.text_start[numbers].astype(np.int64)
         return numbers, epochs, task, text, np.minimum(length, settings.sequence_length), images, labels, painted
 

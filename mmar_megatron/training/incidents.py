@@ -35,10 +35,10 @@ class Incidents:
         run_dir: the run's directory.
         resume_step: of the checkpoint that is continued, 0 at the beginning; what was written of later steps is dropped.
         groups: process groups.
-        name_of: what a sample is called, by its id.
+        name_of: what a sample is called, by its id in `Batch.sample_ids_BK`.
     """
 
-    def __init__(self, run_dir: Path, *, resume_step: int, groups: ParallelGroups, name_of: Callable[[int], str] = str) -> None:
+    def __init__(self, run_dir: Path, *, resume_step: int, groups: ParallelGroups, name_of: Callable[[int], str]) -> None:
         self._run_dir, self._groups, self._name_of = run_dir, groups, name_of
         self._path = run_dir / INCIDENTS_FILE
         if groups.is_main:

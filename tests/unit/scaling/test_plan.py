@@ -191,9 +191,8 @@ def test_optimizer_is_sharded_over_data_parallel_ranks() -> None:
 
 def test_counts_of_a_step() -> None:
     planned = plan_of(*TP2, world_size=4)
-    share = 0.5 / 1.25  # of image to text, beside text to image 0.5 and image only 0.25
-    assert planned.counts.labels == round(16 * share * 7.5)
-    assert planned.counts.masked == round(16 * (1 - share) * expected_masked(MaskRatioConfig(), tokens_per_image=16))
+    assert planned.counts.labels == round(16 * 3.75)
+    assert planned.counts.masked == round(16 * 0.5 * expected_masked(MaskRatioConfig(), tokens_per_image=16))
     assert (planned.counts.sequences, planned.counts.images) == (16, 16)
     assert planned.tokens == 16 * 48
     assert planned.microbatches == 4
