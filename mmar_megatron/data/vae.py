@@ -14,10 +14,7 @@ any leading axes.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import struct
-import zipfile
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,14 +25,13 @@ from einops import rearrange
 from numpy.typing import NDArray
 
 from mmar_megatron import platform
+from mmar_megatron.data.weights import check_whole, weights_hash
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAMES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 """The first that is there is used, as in diffusers."""
 _PIXELS_AT_A_TIME = 2**19
 """Through the network in one call, which bounds its memory: 8 pictures of 256 x 256."""
-_HASHED_WHOLE = 64 * 2**20
-_HASHED_BLOCKS, _BLOCK_BYTES = 512, 2**14
 _FLOAT16_MOST = float(np.finfo(np.float16).max)
 
 
@@ -79,7 +75,7 @@ class VAECodec:
     @cached_property
     def fingerprint(self) -> str:
         """Of everything that decides what a token means; see `weights_hash` for what is read of large weights."""
-        return f"vae, {weights_hash(self.config, self.weights)}, image_size {self.image_size}, patch_size {self.patch_size}"
+        return f"vae, {weights_hash(self.config, [self.weights])}, image_size {self.image_size}, patch_size {self.patch_size}"
 
     def encode(self, image_HW3: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Pixels uint8 [..., H, W, 3] -> tokens float32 [..., N, C]: the means."""
@@ -230,48 +226,8 @@ def find_weights(path: Path) -> Path:
     file = next((path / name for name in WEIGHTS_NAMES if (path / name).is_file()), None)
     if file is None:
         raise ValueError(f"{path} has no {WEIGHTS_NAMES[0]}: copy the weights there too")
-    whole = _is_whole_safetensors(file) if file.suffix == ".safetensors" else zipfile.is_zipfile(file)
-    if not whole:
-        raise ValueError(f"{file} is cut off or no file of weights: copy it again")
+    check_whole(file)
     return file
-
-
-def _is_whole_safetensors(file: Path) -> bool:
-    """Whether it is as long as its header says: 8 bytes of length, the header in JSON, the tensors."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        if len(start) < 8 or (length := struct.unpack("<Q", start)[0]) > size - 8:
-            return False
-        try:
-            header = json.loads(stream.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, AttributeError, KeyError, TypeError):
-            return False
-    return size == 8 + length + max(ends, default=0)
-
-
-def weights_hash(config: dict[str, Any], weights: Path) -> str:
-    """SHA-256 in hexadecimal, 32 digits, over the config and the weights; of a file above 64 MiB 8 MiB are read.
-
-    Every rank asks for it at every start, and the weights of SD and FLUX are hundreds of megabytes that a run on cached moments
-    would not read otherwise. So a large file is represented by its size and 512 blocks of 16 KiB, evenly spaced from its very
-    first byte (names, types and shapes) to its very last. Training moves every tensor, so other weights are told apart; single
-    damaged bytes between the blocks are not. The config enters without the entries that diffusers writes for itself, such as its
-    version, and the place and date of the files do not enter at all.
-    """
-    kept = {key: value for key, value in config.items() if not key.startswith("_")}
-    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
-    size = weights.stat().st_size
-    digest.update(struct.pack("<Q", size))
-    with weights.open("rb") as stream:
-        if size <= _HASHED_WHOLE:
-            digest.update(stream.read())
-        else:
-            for number in range(_HASHED_BLOCKS):
-                stream.seek((size - _BLOCK_BYTES) * number // (_HASHED_BLOCKS - 1))
-                digest.update(stream.read(_BLOCK_BYTES))
-    return digest.hexdigest()[:32]
 
 
 def load_autoencoder(path: Path) -> Any:
@@ -299,3 +255,16 @@ def load_autoencoder(path: Path) -> Any:
     if wrong := [*report["missing_keys"], *report["mismatched_keys"]]:
         raise ValueError(f"{path} lacks {len(wrong)} weights that its config asks for, such as {wrong[0]}: copy it again")
     return model
+
+
+def new_autoencoder(**config: Any) -> Any:
+    """A `diffusers.AutoencoderKL` with the random weights of torch's global generator."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(**config)
+
+
+def save_autoencoder(model: Any, path: Path, *, scaling_factor: float, shift_factor: float) -> None:
+    """Writes the directory that `VAECodec` reads."""
+    model.register_to_config(scaling_factor=scaling_factor, shift_factor=shift_factor)
+    model.save_pretrained(path, safe_serialization=True)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from mmar_megatron.config import CodecConfig
 from mmar_megatron.data import vae
+from mmar_megatron.data import weights as weights_module
 from mmar_megatron.data.codec import ImageCodec, build_codec
 from mmar_megatron.data.vae import MomentsEncoder, VAECodec, sample_tokens
 from tests.unit.data.autoencoders import LAYOUTS, make_autoencoder
@@ -207,9 +208,9 @@ def test_fingerprint(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert fingerprint() != original
 
     # A large file is represented by blocks of it, the first and the last among them.
-    monkeypatch.setattr(vae, "_HASHED_WHOLE", 0)
-    monkeypatch.setattr(vae, "_HASHED_BLOCKS", 8)
-    monkeypatch.setattr(vae, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(weights_module, "_HASHED_WHOLE", 0)
+    monkeypatch.setattr(weights_module, "_HASHED_BLOCKS", 8)
+    monkeypatch.setattr(weights_module, "_BLOCK_BYTES", 64)
     sampled = fingerprint()
     for tensor in weights.values():
         tensor += 1e-3
