@@ -57,6 +57,35 @@ def _count_content(parts: Sequence[Mapping[str, Any]], count: Callable[[str], in
     return TextCounts(kind=CONTENT, tokens=[total], languages=[NO_LANGUAGE], learned=learned, paints=paints)
 
 
+def cut_text(text: str, *, count: Callable[[str], int], longest: int) -> list[str]:
+    """Pieces of at most `longest` tokens each that make up the text, cut behind white space where there is any.
+
+    Args:
+        text: of any length.
+        count: text -> tokens.
+        longest: at least 1; a single character may have more.
+    """
+    total = count(text)
+    pieces = []
+    while total > longest:
+        end = max(1, len(text) * longest // total)
+        end = _after_space(text, end)
+        while end > 1 and count(text[:end]) > longest:
+            end = _after_space(text, end * 9 // 10)
+        pieces.append(text[:end])
+        text = text[end:]
+        total = count(text)
+    return [*pieces, text] if text else pieces
+
+
+def _after_space(text: str, end: int) -> int:
+    """The last place behind white space up to `end`, if it is not far from there."""
+    for place in range(end, max(0, end - 200), -1):
+        if text[place - 1].isspace():
+            return place
+    return max(1, end)
+
+
 def fault_of(metadata: Any, *, pictures: int) -> str | None:
     """What keeps a sample's json from being one of a sample with so many pictures; None: nothing."""
     if not isinstance(metadata, dict):

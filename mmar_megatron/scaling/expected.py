@@ -5,8 +5,11 @@ N tokens of an image.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from statistics import NormalDist
+
+import numpy as np
 
 from mmar_megatron.config import Config, MaskRatioConfig
 from mmar_megatron.data.source import DataSource
@@ -43,13 +46,24 @@ class RowMeans:
     """Images to be painted."""
     filled: float
     """Positions that hold a document."""
+    documents: float = 1.0
+    epochs: Mapping[str, float] = field(default_factory=dict)
+    """Of each source, by its name."""
 
     @classmethod
     def of(cls, source: DataSource, *, seed: int) -> RowMeans:
         """Over the first window of the stream, from the index alone."""
         window = source.planner(seed=seed).window(0, places={})
         sums = {"images": window.images_D, "labels": window.labels_D, "painted": window.painted_D, "filled": window.length_D}
-        return cls(**{name: float(of_documents.sum() / len(window.rows)) for name, of_documents in sums.items()})
+        documents = np.bincount(window.source_D, minlength=len(source.sets)).tolist()
+        return cls(
+            **{name: float(of_documents.sum() / len(window.rows)) for name, of_documents in sums.items()},
+            documents=len(window.source_D) / len(window.rows),
+            epochs={
+                opened.name: number / opened.index.count("train") / len(window.rows)
+                for opened, number in zip(source.sets, documents, strict=True)
+            },
+        )
 
 
 def expected_counts(config: Config, *, tokens_per_image: int, rows: RowMeans) -> StepCounts:

@@ -98,6 +98,8 @@ class Plan:
     parameters: dict[str, int]
     """Of the whole model by part, each counted once, however many ranks hold it."""
     stages: tuple[Stage, ...]
+    rows: RowMeans
+    """What an average sequence holds."""
     counts: StepCounts
     """Expected rows of one step."""
     flops: StepFlops
@@ -114,8 +116,13 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Positions in one step, padding included, as `consumed_tokens` counts them."""
-        return self.counts.sequences * self.counts.sequence_length
+        """Positions in one step that hold a document, as `consumed_tokens` counts them."""
+        return round(self.counts.sequences * self.rows.filled)
+
+    @property
+    def documents(self) -> int:
+        """In one step, as `consumed_samples` counts them."""
+        return round(self.counts.sequences * self.rows.documents)
 
     def table(self) -> str:
         """All of it, to be read by a person."""
@@ -146,8 +153,9 @@ class Plan:
     def _step(self) -> list[str]:
         counts = self.counts
         return [
-            f"one step: {counts.sequences:,} samples of {counts.sequence_length:,} positions = {self.tokens:,} tokens, "
-            f"{self.microbatches:,} {'microbatch' if self.microbatches == 1 else 'microbatches'} on each data-parallel rank",
+            f"one step: {counts.sequences:,} sequences of {counts.sequence_length:,} positions, "
+            f"{self.rows.filled / counts.sequence_length:.1%} filled: {self.documents:,} samples, {self.tokens:,} tokens",
+            f"  {self.microbatches:,} {'microbatch' if self.microbatches == 1 else 'microbatches'} on each data-parallel rank",
             f"  expected to be learned: {counts.masked:,} masked image tokens, {counts.labels:,} text tokens",
         ]
 
@@ -167,8 +175,10 @@ class Plan:
         return _columns(rows)
 
     def _run(self) -> list[str]:
-        samples, flops = self.steps * self.counts.sequences, self.steps * self.flops.executed
-        return [f"the run: {self.steps:,} steps, {samples:,} samples, {self.steps * self.tokens:,} tokens, {flops:.3e} FLOPs"]
+        samples, tokens, flops = (self.steps * each for each in (self.documents, self.tokens, self.flops.executed))
+        lines = [f"the run: {self.steps:,} steps, {samples:,} samples, {tokens:,} tokens, {flops:.3e} FLOPs"]
+        sequences = self.steps * self.counts.sequences
+        return lines + [f"  {sequences * epochs:,.2f} epochs of {name}" for name, epochs in self.rows.epochs.items()]
 
 
 def plan(config: Config, *, geometry: ImageGeometry, vocab_size: int, rows: RowMeans, world_size: int | None = None) -> Plan:
@@ -228,6 +238,7 @@ def plan(config: Config, *, geometry: ImageGeometry, vocab_size: int, rows: RowM
         dtype=config.precision.dtype,
         parameters=_by_part(whole_sizes),
         stages=tuple(stages),
+        rows=rows,
         counts=counts,
         flops=_with_recomputation(flops, backbone=config.model.backbone, stages=stages),
         microbatches=train.global_batch_size // (train.micro_batch_size * data_parallel_size),

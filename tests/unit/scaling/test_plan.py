@@ -61,7 +61,7 @@ def plan_of(*options: str, world_size: int | None = None) -> Plan:
         config_of(*options),
         geometry=GEOMETRY,
         vocab_size=VOCAB,
-        rows=RowMeans(images=1, labels=3.75, painted=0.5, filled=80),
+        rows=RowMeans(images=1, labels=3.75, painted=0.5, filled=40.5),
         world_size=world_size,
     )
 
@@ -194,7 +194,7 @@ def test_counts_of_a_step() -> None:
     assert planned.counts.labels == round(16 * 3.75)
     assert planned.counts.masked == round(16 * 0.5 * expected_masked(MaskRatioConfig(), tokens_per_image=16))
     assert (planned.counts.sequences, planned.counts.images) == (16, 16)
-    assert planned.tokens == 16 * 48
+    assert planned.tokens == 16 * 40.5
     assert planned.microbatches == 4
 
 
@@ -215,7 +215,7 @@ def test_table() -> None:
     assert "TP 2 x PP 2 x DP 2, 2 chunks a stage = 8 processes, fp32" in table
     assert re.search(r"stage 1 +2, 4 +" + f"{planned.stages[1].parameters:,}", table)
     assert f"{sum(planned.parameters.values()):,}" in table
-    assert "16 samples of 48 positions = 768 tokens, 4 microbatches" in table
+    assert "16 sequences of 48 positions, 84.4% filled: 16 samples, 648 tokens\n  4 microbatches on each" in table
     assert f"the run: 1,000 steps, 16,000 samples, 768,000 tokens, {1000 * planned.flops.model:.3e} FLOPs" in table
     for heading in ("parameters", "FLOPs of a step"):
         block = next(block for block in table.split("\n\n") if block.startswith(heading))
