@@ -216,7 +216,7 @@ def test_table() -> None:
     assert re.search(r"stage 1 +2, 4 +" + f"{planned.stages[1].parameters:,}", table)
     assert f"{sum(planned.parameters.values()):,}" in table
     assert "16 sequences of 48 positions, 84.4% filled: 16 samples, 648 tokens\n  4 microbatches on each" in table
-    assert f"the run: 1,000 steps, 16,000 samples, 768,000 tokens, {1000 * planned.flops.model:.3e} FLOPs" in table
+    assert f"the run: 1,000 steps, 16,000 samples, 648,000 tokens, {1000 * planned.flops.model:.3e} FLOPs" in table
     for heading in ("parameters", "FLOPs of a step"):
         block = next(block for block in table.split("\n\n") if block.startswith(heading))
         shares = [float(share) for share in re.findall(r"([\d.]+)%", block)]
