@@ -91,7 +91,7 @@ class FaultyServer:
     """Settings may be changed at any time.
 
     Attributes:
-        faults: one for each of the next requests for bytes (GET with a range), in their order.
+        faults: one for each of the next requests for bytes (GET with a range), in their order; None: the right answer.
         always: of all requests for bytes after those.
         everything: `faults` and `always` are for every request, listings and questions for sizes too.
         latency: seconds before each answer.
@@ -101,7 +101,7 @@ class FaultyServer:
 
     source: Source
     port: int = 0
-    faults: list[Fault] = field(default_factory=list)
+    faults: list[Fault | None] = field(default_factory=list)
     always: Fault | None = None
     everything: bool = False
     latency: float = 0.0

