@@ -95,12 +95,14 @@ class ModelConfig:
 class CodecConfig:
     """Image <-> continuous tokens. Must agree with what the shards were made with."""
 
-    kind: Literal["patch"] = "patch"
-    """`patch`: the pixels of each patch are one token: lossless by construction."""
+    kind: Literal["patch", "vae"] = "patch"
+    """`patch`: the pixels of each patch are one token: lossless by construction. `vae`: the latents of an auto-encoder."""
+    path: str | None = None
+    """`vae`: directory of a `diffusers.AutoencoderKL`; its config has the scale and the shift of the latents."""
     image_size: int = 32
     """Pixels along each side."""
-    patch_size: int = 4
-    """Pixels along each side of a patch."""
+    patch_size: int | None = None
+    """Pixels (`vae`: latents) along each side of a patch, which is one token; none: 4 (`vae`: 1)."""
 
 
 @dataclass(kw_only=True)

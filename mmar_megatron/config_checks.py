@@ -9,11 +9,13 @@ from jsonargparse import Namespace
 if TYPE_CHECKING:
     from mmar_megatron.config import Config
 
+DEFAULT_PATCH_SIZE = {"patch": 4, "vae": 1}
+"""Of `data.codec`, by its kind."""
 AT_LEAST_ONE = (
     *("model.backbone.num_layers", "model.backbone.hidden_size", "model.backbone.num_attention_heads"),
     *("model.make_vocab_size_divisible_by", "model.embedding_vit.num_layers", "model.embedding_vit.hidden_size"),
     *("model.embedding_vit.num_attention_heads", "model.head.depth", "model.head.width", "model.head.timestep_multiplier"),
-    *("model.diffusion.num_timesteps", "data.codec.image_size", "data.codec.patch_size", "data.sequence_length"),
+    *("model.diffusion.num_timesteps", "data.codec.image_size", "data.sequence_length"),
     *("parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size", "parallel.context_parallel_size"),
     *("train.steps", "train.micro_batch_size", "train.global_batch_size", "train.log_every"),
     "train.spike_window",
@@ -182,19 +184,37 @@ def _check_pipeline(cfg: Namespace) -> None:
 
 def _check_data(cfg: Namespace) -> None:
     data = cfg.data
-    _divides(cfg, "data.codec.image_size", "data.codec.patch_size")
-    image_tokens = (data.codec.image_size // data.codec.patch_size) ** 2
-    _require(
-        image_tokens + 4 < data.sequence_length,
-        f"An image is {image_tokens} tokens, which with its marks and some text does not fit data.sequence_length "
-        f"{data.sequence_length}: make that larger, or data.codec.patch_size.",
-    )
+    _check_codec(cfg)
     tasks = data.tasks
     _require(tasks.text_to_image + tasks.image_to_text + tasks.image_only > 0, "data.tasks are all 0: make one of them positive.")
     _require(data.mask_ratio.std > 0, f"data.mask_ratio.std is {data.mask_ratio.std}: it must be above 0.")
     _require(
         all(0 < ratio <= 1 for ratio in cfg.validation.mask_ratios),
         f"validation.mask_ratios are shares above 0 and up to 1, not {cfg.validation.mask_ratios}: change them.",
+    )
+
+
+def _check_codec(cfg: Namespace) -> None:
+    codec = cfg.data.codec
+    _require(
+        codec.patch_size is None or codec.patch_size >= 1,
+        f"data.codec.patch_size is {codec.patch_size}: it must be at least 1.",
+    )
+    if codec.kind == "vae":
+        # How many tokens an image is follows from the auto-encoder's own config: seen to where that is opened.
+        _require(codec.path, "data.codec.kind is vae: give data.codec.path, the directory of the auto-encoder.")
+        return
+    _require(codec.path is None, "data.codec.path is for data.codec.kind vae: leave it out, or set that.")
+    patch_size = DEFAULT_PATCH_SIZE["patch"] if codec.patch_size is None else codec.patch_size
+    _require(
+        codec.image_size % patch_size == 0,
+        f"data.codec.image_size {codec.image_size} is not divisible by data.codec.patch_size {patch_size}: change one of them.",
+    )
+    image_tokens = (codec.image_size // patch_size) ** 2
+    _require(
+        image_tokens + 4 < cfg.data.sequence_length,
+        f"An image is {image_tokens} tokens, which with its marks and some text does not fit data.sequence_length "
+        f"{cfg.data.sequence_length}: make that larger, or data.codec.patch_size.",
     )
 
 

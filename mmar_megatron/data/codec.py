@@ -1,15 +1,18 @@
 """Image codecs: picture <-> continuous tokens.
 
-Axes: H, W pixels, C channels of a token, N tokens of an image in raster order; "..." any leading axes.
+Axes: B pictures, H, W pixels, C channels of a token, N tokens of an image in raster order; "..." any leading axes.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from einops import rearrange
 from numpy.typing import NDArray
+
+from mmar_megatron.config_checks import DEFAULT_PATCH_SIZE
+from mmar_megatron.data.vae import VAECodec
 
 if TYPE_CHECKING:
     from mmar_megatron.config import CodecConfig
@@ -23,13 +26,27 @@ class ImageCodec(Protocol):
     num_tokens: int
     channels: int
     image_size: int
-    fingerprint: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that decides what a token means."""
 
     def encode(self, image_HW3: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Pixels [..., H, W, 3] -> tokens [..., N, C]."""
 
     def decode(self, tokens_NC: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Tokens [..., N, C] -> pixels [..., H, W, 3]."""
+
+
+class Encoder(Protocol):
+    """What preparation runs pictures through, to store the results with the samples."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that decides the results."""
+
+    def __call__(self, pixels_BHW3: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        """Pixels uint8 [B, H, W, 3] -> arrays [B, ...] by name; the members `<key>.<name>.npy` hold their rows."""
 
 
 class PatchCodec:
@@ -67,5 +84,14 @@ class PatchCodec:
 
 
 def build_codec(config: CodecConfig) -> ImageCodec:
-    """The codec of `data.codec`."""
-    return PatchCodec(image_size=config.image_size, patch_size=config.patch_size)
+    """The codec of `data.codec`.
+
+    Raises:
+        ValueError: the sizes do not divide; the auto-encoder is not there or not whole.
+    """
+    patch_size = DEFAULT_PATCH_SIZE[config.kind] if config.patch_size is None else config.patch_size
+    if config.kind == "patch":
+        return PatchCodec(image_size=config.image_size, patch_size=patch_size)
+    if config.path is None:
+        raise ValueError("data.codec.kind vae needs data.codec.path, the directory of the auto-encoder: give it")
+    return VAECodec(config.path, image_size=config.image_size, patch_size=patch_size)

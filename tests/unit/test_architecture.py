@@ -47,6 +47,8 @@ HOMES = {
     "parallel_state": f"{PACKAGE}/parallel.py",
     "transformer_engine": f"{PACKAGE}/model/layer_specs.py",
     "deepspeed": f"{PACKAGE}/engine/deepspeed.py",
+    "diffusers": f"{PACKAGE}/data/vae.py",
+    "efficientnet_lite_pytorch": f"{PACKAGE}/data/teacher.py",
 }
 
 
@@ -193,6 +195,8 @@ def test_right_arrows_pass(tmp_path: Path, file: str, source: str) -> None:
         "def f():\n    import transformer_engine.pytorch as te",
         "from megatron.core.extensions.transformer_engine import TENorm",
         "import deepspeed",
+        "from diffusers import AutoencoderKL",
+        "def f():\n    from efficientnet_lite_pytorch import EfficientNet",
     ],
 )
 def test_strangers_are_found(tmp_path: Path, source: str) -> None:

@@ -19,6 +19,8 @@ def one_parser() -> Iterator[None]:
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {
+    "auto-encoder from nowhere": (["--data.codec.kind=vae"], r"kind is vae: give data\.codec\.path"),
+    "auto-encoder for patches": (["--data.codec.path=vae"], r"data\.codec\.path is for data\.codec\.kind vae: leave it out"),
     "heads over ranks": (
         ["--parallel.tensor_model_parallel_size=3"],
         r"num_attention_heads 4 is not divisible by parallel\.tensor_model_parallel_size 3: change one",
