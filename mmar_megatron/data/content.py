@@ -16,6 +16,12 @@ from typing import Any
 
 from mmar_megatron.data.index import CONTENT, NO_LANGUAGE, PAIR
 
+QUESTION, ANSWER = "USER: {}\nASSISTANT: ", "{}"
+"""A conversation as the model reads it: each question, then its answer, which alone is learned, and <eos>."""
+PLACEHOLDER = "<image>"
+"""Where in a question a picture belongs."""
+_ASKS, _ANSWERS = ("human", "user"), ("gpt", "assistant")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextCounts:
@@ -55,6 +61,40 @@ def _count_content(parts: Sequence[Mapping[str, Any]], count: Callable[[str], in
     last = parts[-1]
     paints = "image" in last and bool(last.get("learn"))
     return TextCounts(kind=CONTENT, tokens=[total], languages=[NO_LANGUAGE], learned=learned, paints=paints)
+
+
+def conversation_parts(turns: Any, *, pictures: int) -> list[dict[str, Any]] | None:
+    """A conversation -> content; None where it is none.
+
+    Args:
+        turns: {"from": "human" or "gpt", "value": text} or {"role": "user" or "assistant", "content": text}, by turns. Before the
+            first question, what a "system" says is read too.
+        pictures: each has its place in a question as `<image>`; where no question has any, all come before the first.
+    """
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return None
+    said = [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in turns]
+    parts: list[dict[str, Any]] = []
+    if said and said[0][0] == "system":
+        parts = [{"text": f"{said.pop(0)[1]}\n"}]
+    roles = [_ASKS, _ANSWERS] * (len(said) // 2)
+    if not said or len(said) % 2 or not all(isinstance(text, str) for _, text in said):
+        return None
+    if not all(role in expected for (role, _), expected in zip(said, roles, strict=True)):
+        return None
+    questions, answers = [text for _, text in said[::2]], [text for _, text in said[1::2]]
+    if pictures and not any(PLACEHOLDER in question for question in questions):
+        questions[0] = PLACEHOLDER * pictures + questions[0]
+    images = 0
+    for question, answer in zip(questions, answers, strict=True):
+        for number, text in enumerate(QUESTION.format(question).split(PLACEHOLDER)):
+            if number:
+                parts.append({"image": images})
+                images += 1
+            if text:
+                parts.append({"text": text})
+        parts.append({"text": ANSWER.format(answer), "learn": True, "end": True})
+    return parts
 
 
 def cut_text(text: str, *, count: Callable[[str], int], longest: int) -> list[str]:

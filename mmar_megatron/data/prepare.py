@@ -19,13 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmar_megatron.data import shapes
-from mmar_megatron.data.codec import ImageCodec, build_codec
+from mmar_megatron.data.codec import Encoder, ImageCodec, build_codec
 from mmar_megatron.data.index import INDEX_NAME, SPLITS, Index, Split, write_index
 from mmar_megatron.data.preparation.look import Looker
 from mmar_megatron.data.preparation.plan import Plan, make_plan
 from mmar_megatron.data.preparation.pool import ordered
 from mmar_megatron.data.preparation.progress import Progress
-from mmar_megatron.data.preparation.recipe import Encoder, Recipe
+from mmar_megatron.data.preparation.recipe import Recipe
 from mmar_megatron.data.preparation.records import UNDECODABLE, Block, Made, Raw, Source
 from mmar_megatron.data.preparation.report import Report
 from mmar_megatron.data.preparation.training_texts import training_texts

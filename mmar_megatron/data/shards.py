@@ -290,7 +290,7 @@ def parse_members(data: bytes) -> tuple[str, dict[str, tuple[int, int]]]:
     key, position = None, 0
     while position < len(data):
         header = data[position : position + _BLOCK]
-        name, size = _parse_header(header)
+        name, size = parse_header(header)
         folder, slash, base = name.rpartition("/")
         stem, _, kind = base.partition(".")
         if key not in (None, folder + slash + stem):
@@ -306,8 +306,8 @@ def parse_members(data: bytes) -> tuple[str, dict[str, tuple[int, int]]]:
     return key, members
 
 
-def _parse_header(header: bytes) -> tuple[str, int]:
-    """Name and size; tarfile.TarInfo.frombuf takes ten times as long."""
+def parse_header(header: bytes) -> tuple[str, int]:
+    """Name and size of a member. Raises ValueError where it is damaged. tarfile.TarInfo.frombuf takes ten times as long."""
     if header[257:262] != b"ustar" or header[156:157] not in (b"0", b"\0") or len(header) != _BLOCK:
         raise ValueError("the header of a member is damaged")
     checksum = sum(header) - sum(header[148:156]) + 8 * 32
@@ -320,7 +320,7 @@ def _parse_header(header: bytes) -> tuple[str, int]:
 def _end_of_first_member(head: bytes) -> int | None:
     """Where its padding ends, if it is a json."""
     try:
-        name, size = _parse_header(head[:_BLOCK])
+        name, size = parse_header(head[:_BLOCK])
     except ValueError:
         return None
     return _BLOCK + -(-size // _BLOCK) * _BLOCK if name.endswith(".json") else None

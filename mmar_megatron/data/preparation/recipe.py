@@ -3,19 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
-
-
-class Encoder(Protocol):
-    """Makes arrays of pictures, to be stored beside them or instead of them."""
-
-    fingerprint: str
-
-    def __call__(self, pixels_BHW3: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-        """By the member's name (moments, flipped, teacher), one row for each picture."""
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,9 +22,10 @@ TOO_SMALL = "too small"
 WRONG_ASPECT = "wrong aspect"
 NO_CAPTION = "missing caption"
 EMPTY_CAPTION = "empty caption"
+EMPTY_TEXT = "empty text"
 UNFIT = "unfit content"
 DUPLICATE = "duplicate picture"
-REASONS = ("", NO_PICTURE, UNDECODABLE, TOO_SMALL, WRONG_ASPECT, NO_CAPTION, EMPTY_CAPTION, UNFIT, DUPLICATE)
+REASONS = ("", NO_PICTURE, UNDECODABLE, TOO_SMALL, WRONG_ASPECT, NO_CAPTION, EMPTY_CAPTION, EMPTY_TEXT, UNFIT, DUPLICATE)
 """Why a record is dropped; its place here is what the looks store, and 0 is for what is kept."""
 
 

@@ -23,6 +23,8 @@ from typing import Any
 from mmar_megatron.data.preparation.records import Block, Source
 
 _POLL_SECONDS = 0.2
+_AFTER_LOOKING = ("vocab_size", "validation", "samples_per_shard", "text_tokens", "encoder_batch", "encoders", "keep_pictures")
+"""Settings that may be others as long as nothing is planned: looks do not depend on them."""
 
 
 def atomically(file: Path, content: bytes) -> None:
@@ -68,9 +70,8 @@ class Unfinished:
         settings = json.loads(json.dumps(settings))
         file = self.path / "settings.json"
         if self.rank:
-            self.wait(file)
+            self.wait(file, until=lambda: json.loads(file.read_text())["settings"] == settings)  # as rank 0 sees to
             self._take_lock()
-            self._check(settings)
             return int(json.loads(file.read_text())["blocks"])
         self.path.mkdir(parents=True, exist_ok=True)
         self._take_lock()
@@ -94,15 +95,17 @@ class Unfinished:
             if fresh:
                 (self._blocks / f"{number - 1:06d}.json").write_bytes(content)
         summary = {"settings": settings, "inputs": inputs.hexdigest(), "blocks": number}
-        if not fresh and json.loads(file.read_text()) != summary:
+        if not fresh and json.loads(file.read_text())["inputs"] != summary["inputs"]:
             raise ValueError(f"the inputs of {self.out} changed since {self.path} was begun: remove that to begin anew")
         atomically(file, json.dumps(summary, ensure_ascii=False).encode())
         return number
 
     def _check(self, settings: dict[str, Any]) -> None:
         before = json.loads((self.path / "settings.json").read_text())["settings"]
-        if before != settings:
-            names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
+        names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
+        if not (self.path / "plan.json").exists():
+            names = [name for name in names if name not in _AFTER_LOOKING]
+        if names:
             differ = ", ".join(f"{name} was {before.get(name)!r} and is {settings.get(name)!r}" for name in names)
             raise ValueError(
                 f"{self.path} was begun with other settings ({differ}): give those to go on, or remove it to begin anew"
@@ -124,12 +127,15 @@ class Unfinished:
         """The folder of the blocks."""
         return self._blocks
 
-    def wait(self, file: Path, *, waiting: Callable[[], None] = lambda: None) -> None:
-        """Returns when the file is there, which another rank makes. Raises Finished where the data set is there instead."""
-        while not file.exists():
+    def wait(self, file: Path, *, until: Callable[[], bool] = lambda: True) -> None:
+        """Returns when the file, which another rank makes, is there and as it should be.
+
+        Raises:
+            Finished: the data set is there instead.
+        """
+        while not (file.exists() and until()):
             if self.rank and self.out.exists():
                 raise Finished
-            waiting()
             time.sleep(_POLL_SECONDS)
 
     def finish(self) -> None:

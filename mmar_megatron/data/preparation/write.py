@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mmar_megatron.data.codec import Encoder
 from mmar_megatron.data.content import TextCounts, count_texts, cut_text
 from mmar_megatron.data.index import Shard
 from mmar_megatron.data.preparation.pictures import pixels_of
 from mmar_megatron.data.preparation.plan import Chunk, Plan, PlannedShard
 from mmar_megatron.data.preparation.pool import ordered
-from mmar_megatron.data.preparation.recipe import Encoder, Recipe
+from mmar_megatron.data.preparation.recipe import Recipe
 from mmar_megatron.data.preparation.records import Raw, Source, key_of
 from mmar_megatron.data.preparation.unfinished import Unfinished, atomically, read_block
 from mmar_megatron.data.shard_writer import ShardColumns, ShardFile

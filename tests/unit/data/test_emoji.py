@@ -155,7 +155,7 @@ def test_the_real_packages(tmp_path: Path) -> None:
     assert report.caption_tokens["en"][0] < 20
     assert report.caption_tokens["zh"][0] < 16
 
-    index = verify(tmp_path / "emoji")
+    index, _ = verify(tmp_path / "emoji")
     readers = [ShardReader(tmp_path / "emoji", index=index, split=split) for split in ("train", "validation")]
     bases = [{reader.metadata(number)["base"] for number in range(len(reader))} for reader in readers]
     assert not bases[0] & bases[1]

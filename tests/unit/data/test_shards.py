@@ -63,7 +63,7 @@ def test_several_shards_and_the_ids_across_them(tmp_path: Path) -> None:
         counts = TextCounts(kind=PAIR, tokens=[number] * (number % 3), languages=[0] * (number % 3))
         writer.add(f"k{number}", split=split, pictures=[image], metadata={"captions": {}, "number": number}, counts=counts)
     writer.finish(**HEADER)
-    index = verify(tmp_path)
+    index = Index.load(tmp_path)
     assert [(shard.name, shard.samples) for shard in index.shards] == [
         ("train-000000.tar", 3),
         ("train-000001.tar", 3),

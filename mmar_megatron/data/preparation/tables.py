@@ -1,0 +1,111 @@
+"""Tables of pictures and captions: CSV, TSV, JSON lines, JSON, Parquet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmar_megatron.data.preparation.records import NO_PICTURE, UNFIT, Block, CaptionFields, Encoded, Picture, Raw
+from mmar_megatron.data.preparation.rows import Rows
+from mmar_megatron.data.preparation.tars import prefixes
+
+_LONGEST_PATH = 4096
+
+
+class TableSource:
+    """Rows with a picture (a path, the bytes of its file, or these in base64) and captions.
+
+    Args:
+        files: the tables.
+        captions: columns with captions.
+        image: column with the picture.
+        images: directory that paths are relative to; none: the table's.
+        key: column that names a row; none: rows are numbered.
+        group: column of what belongs into one split; none: the path of the picture.
+        keep: columns to store beside the captions.
+
+    Raises:
+        ValueError: a file or column is missing.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[str | Path],
+        *,
+        captions: CaptionFields,
+        image: str,
+        images: str | Path | None = None,
+        key: str | None = None,
+        group: str | None = None,
+        keep: Sequence[str] = (),
+    ) -> None:
+        self._captions, self._image, self._images = captions, image, images and Path(images)
+        self._key, self._group, self._keep = key, group, keep
+        named = [name for name in (key, group, *keep) if name]
+        columns = [image, *(column for _, column in captions.pairs), *named]
+        self._rows = Rows(files, columns=list(dict.fromkeys(columns)))
+        self._rows.check_columns([image], option="--image")
+        self._rows.check_columns([column for _, column in captions.pairs], option="--captions")
+        self._rows.check_columns(named, option="--key, --group or --keep")
+        self._prefixes = prefixes(self._rows.files)
+        self.chunk_records = self._rows.chunk_records
+        self.settings = {
+            "source": "table",
+            "files": [str(file) for file in self._rows.files],
+            "captions": [list(pair) for pair in captions.pairs],
+            "image": image,
+            "images": images and str(images),
+            "key": key,
+            "group": group,
+            "keep": list(keep),
+        }
+
+    def blocks(self) -> Iterator[Block]:
+        """Those of the rows."""
+        return self._rows.blocks()
+
+    def inputs(self) -> Iterator[Path]:
+        """The tables."""
+        return iter(self._rows.files)
+
+    def read(self, block: Block, rows: Sequence[int] | None = None) -> Iterator[Raw]:
+        """See `Source`."""
+        for number, place, row in self._rows.read(block, rows):
+            name = f"{self._prefixes[number]}/{place:09d}"
+            if row is None:
+                yield Raw(name=name, fault=UNFIT)
+                continue
+            captions, fault = self._captions.of(row)
+            folder = self._images or self._rows.files[number].parent
+            picture, path = picture_in(row.get(self._image), folder=folder)
+            group = row.get(self._group) if self._group else path
+            yield Raw(
+                name=name if self._key is None else str(row.get(self._key)),
+                captions=captions,
+                pictures=[] if picture is None else [picture],
+                group=None if group is None else str(group),
+                extra={column: row.get(column) for column in self._keep},
+                fault=fault if picture is not None else NO_PICTURE,
+            )
+
+
+def picture_in(value: Any, *, folder: Path) -> tuple[Picture | None, str | None]:
+    """The picture of a field, and its path where it has one.
+
+    Args:
+        value: path, bytes, text in base64 (as a data URL, or longer than a path), or {"bytes": ..., "path": ...}.
+        folder: that paths are relative to.
+    """
+    if isinstance(value, dict):
+        path = value.get("path")
+        if value.get("bytes"):
+            return picture_in(value["bytes"], folder=folder)[0], path
+        value = path
+    if isinstance(value, bytes) and value:
+        return value, None
+    if not isinstance(value, str) or not value:
+        return None, None
+    if value.startswith("data:") or len(value) > _LONGEST_PATH:
+        return Encoded(value), None
+    return folder / value, value
