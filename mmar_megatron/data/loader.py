@@ -88,10 +88,19 @@ class _Shares(NamedTuple):
 class _Microbatches(Dataset[Loaded]):
     """The rank's microbatch k as a pure function of k, so that any worker may make it; each asks for them in rising order."""
 
-    def __init__(self, source: DataSource, *, seed: int, timestep_multiplier: int, shares: _Shares, state: StreamState) -> None:
+    def __init__(
+        self,
+        source: DataSource,
+        *,
+        seed: int,
+        timestep_multiplier: int,
+        shares: _Shares,
+        state: StreamState,
+        cache_bytes: int,
+    ) -> None:
         self._source, self._shares = source, shares
         self._timestep_multiplier = timestep_multiplier
-        cache_bytes = _CACHE_BYTES // max(1, source.config.num_workers) // len(source.sets)
+        cache_bytes = cache_bytes // max(1, source.config.num_workers) // len(source.sets)
         self.readers = [source.reader("train", of=opened, cache_bytes=cache_bytes) for opened in source.sets]
         self._maker = DocumentMaker(source, readers=self.readers, seed=seed, timestep_multiplier=timestep_multiplier)
         self.stream = Stream(source.planner(seed=seed), state)
@@ -151,6 +160,7 @@ class TrainLoader:
         data_parallel_rank, data_parallel_size: which share is this rank's.
         state: where the run stands in the stream.
         pin_memory: for faster copies to a GPU.
+        cache_bytes: for decoded samples, over all workers.
 
     Attributes:
         state: after the step to which the last microbatch handed out belongs; the same on all ranks.
@@ -173,6 +183,7 @@ class TrainLoader:
         data_parallel_size: int = 1,
         state: StreamState | None = None,
         pin_memory: bool = False,
+        cache_bytes: int = _CACHE_BYTES,
     ) -> None:
         if global_batch_size % (micro_batch_size * data_parallel_size):
             raise ValueError(
@@ -188,6 +199,7 @@ class TrainLoader:
             timestep_multiplier=timestep_multiplier,
             shares=_Shares(micro_batch_size, global_batch_size, data_parallel_rank, data_parallel_size),
             state=self.state,
+            cache_bytes=cache_bytes,
         )
         self.again = self._microbatches.stream.again
         self._samples = sum(map(len, self._microbatches.readers))
