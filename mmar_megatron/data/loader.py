@@ -26,7 +26,7 @@ from mmar_megatron.data.sequence import Document, DocumentImage, Text
 from mmar_megatron.data.shards import Sample, UndecodableSampleError
 from mmar_megatron.data.source import DataSource
 from mmar_megatron.data.storage import StorageError
-from mmar_megatron.data.stream import DocumentPlan, Stream, StreamState
+from mmar_megatron.data.stream import Stream, StreamState
 from mmar_megatron.platform import STOP_SIGNALS, die_with_parent
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ class Loaded(NamedTuple):
     """Of each source, on this rank."""
     state: StreamState
     """After the step to which the microbatch belongs."""
+    problem: str | None
+    """Why the last of the samples that were skipped could not be decoded."""
 
 
 class _Shares(NamedTuple):
@@ -109,27 +111,25 @@ class _Microbatches(Dataset[Loaded]):
     def __getitem__(self, k: int) -> Loaded:
         self._read_ahead(k)
         begin = self._shares.begin(k)
-        counts = [Counts() for _ in self._source.sets]
+        counts, problem = [Counts() for _ in self._source.sets], None
         rows = []
         for plans in self.stream.rows(begin, begin + self._shares.micro_batch_size):
             documents = []
             for plan in plans:
-                document = self._make(plan)
-                truncated = document is not None and document.truncated
-                counts[plan.source] = counts[plan.source].plus(Counts(1, int(document is None), int(truncated)))
-                documents += [document] if document else []
+                try:
+                    document = self._maker.make(plan)
+                except UndecodableSampleError as error:
+                    # Its place in the row stays empty, on every layout alike.
+                    counts[plan.source] = counts[plan.source].plus(Counts(read=1, skipped=1))
+                    problem = str(error)
+                    continue
+                counts[plan.source] = counts[plan.source].plus(Counts(read=1, truncated=int(document.truncated)))
+                documents.append(document)
             rows.append(documents)
         batch = self._source.assemble(rows, timestep_multiplier=self._timestep_multiplier)
         state = self.stream.after(self._shares.end_of_step(k))
         self.stream.forget(begin)
-        return Loaded(batch, counts, state)
-
-    def _make(self, plan: DocumentPlan) -> Document | None:
-        """None where the sample cannot be decoded: its place stays empty, on every layout alike."""
-        try:
-            return self._maker.make(plan)
-        except UndecodableSampleError:
-            return None
+        return Loaded(batch, counts, state, problem)
 
     def _read_ahead(self, k: int) -> None:
         """Announce what this worker will read for its next microbatches, which are every so many-th."""
@@ -165,6 +165,7 @@ class TrainLoader:
     Attributes:
         state: after the step to which the last microbatch handed out belongs; the same on all ranks.
         counts: by source, samples read and skipped and documents truncated, on this rank in the microbatches handed out so far.
+        last_problem: why the last sample that was skipped could not be decoded.
         again: rows of the stream that come a second time, because the settings of the data have changed since the state was kept.
 
     Raises:
@@ -204,6 +205,7 @@ class TrainLoader:
         self.again = self._microbatches.stream.again
         self._samples = sum(map(len, self._microbatches.readers))
         self.counts = {opened.name: Counts() for opened in source.sets}
+        self.last_problem: str | None = None
 
     def __iter__(self) -> Generator[Batch, None, None]:
         """Ends, and its workers with it, when it is closed."""
@@ -218,9 +220,10 @@ class TrainLoader:
             worker_init_fn=_outlive_stop_signals,
         )
         try:
-            for batch, counts, state in loader:
+            for batch, counts, state, problem in loader:
                 for name, of_batch in zip(self.counts, counts, strict=True):
                     self.counts[name] = self.counts[name].plus(of_batch)
+                self.last_problem = problem or self.last_problem
                 self._check_bad_fraction()
                 self.state = state
                 yield batch
@@ -236,8 +239,8 @@ class TrainLoader:
         if skipped > limit * max(read, min(_LEAST_READ, self._samples)):
             bad = ", ".join(f"{found.skipped} of {name}" for name, found in self.counts.items() if found.skipped)
             raise BadDataError(
-                f"{skipped} samples could not be decoded while reading {read} ({bad}), which is more than "
-                f"data.max_bad_fraction = {limit}: prepare the data set anew or raise the limit"
+                f"{skipped} samples could not be decoded while reading {read} ({bad}; the last one: {self.last_problem}), "
+                f"which is more than data.max_bad_fraction = {limit}: prepare the data set anew or raise the limit"
             )
 
 

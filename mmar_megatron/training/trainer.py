@@ -255,7 +255,8 @@ class Trainer:
         if (skipped := sum(counts.skipped for counts in bad.values())) > self._bad_samples:
             self._bad_samples = skipped
             named = ", ".join(f"{counts.skipped} of the {counts.read} samples of {name}" for name, counts in bad.items())
-            print(f"{named} read by rank {torch.distributed.get_rank()} could not be decoded", flush=True)
+            last = self.loader.last_problem
+            print(f"{named} read by rank {torch.distributed.get_rank()} could not be decoded; the last one: {last}", flush=True)
 
     def _preview(self, writer: MetricsWriter) -> None:
         assert self.previews is not None
