@@ -24,8 +24,8 @@ from pathlib import Path
 from threading import Lock
 
 _LOG = logging.getLogger(__name__)
-_HEADER = struct.Struct("<16sII")
-"""Beginning of the key's hash, bytes of the chunk, CRC-32 of the table that follows."""
+_HEADER = struct.Struct("<16sI")
+"""Beginning of the key's hash, bytes of the chunk."""
 _CHECKED = 64 * 2**10
 _AGE_SECONDS = 60
 """The time of last use is noted this exactly."""
@@ -83,7 +83,7 @@ class ChunkCache:
         digest, path = self._place(key)
         checks = [zlib.crc32(content[i : i + _CHECKED]) for i in range(0, len(content), _CHECKED)]
         table = struct.pack(f"<{len(checks)}I", *checks)
-        packed = _HEADER.pack(digest[:16], len(content), zlib.crc32(table)) + table + content
+        packed = _HEADER.pack(digest[:16], len(content)) + table + content
         part = self._folder / f"{digest.hex()}.{os.getpid()}.part"
         with self._writing:  # one at a time, for the bound
             try:
@@ -150,9 +150,9 @@ def _read(file: int, *, digest: bytes, size: int, start: int, end: int) -> bytes
     head = os.pread(file, _HEADER.size + 4 * count, 0)
     if len(head) != _HEADER.size + 4 * count or os.fstat(file).st_size != len(head) + size:
         return None
-    found, length, check = _HEADER.unpack_from(head)
+    found, length = _HEADER.unpack_from(head)
     table = head[_HEADER.size :]
-    if found != digest[:16] or length != size or check != zlib.crc32(table):
+    if found != digest[:16] or length != size:
         return None
     first = start // _CHECKED
     begin, stop = first * _CHECKED, min(-(-end // _CHECKED) * _CHECKED, size)

@@ -4,7 +4,8 @@
     threads           fetch them, as long as blocks fetched and not yet read take no more than `most_bytes`
     take(range)       waits for a block that is under way, fetches one that has not begun itself, and forgets it when all is read
 
-What was announced and is never read gives way when a reader has to fetch for itself: the oldest first.
+What was announced and is never read gives way, the oldest first: when a reader has to fetch for itself, and, where there is no
+room for more, when what is being read was announced two calls later.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class _Block:
     name: str
     start: int
     end: int
+    call: int = 0
+    """Which call announced it."""
     unread: set[Range] = field(default_factory=set)
     state: Literal["waiting", "running", "done"] = "waiting"
     content: bytes = b""
@@ -42,7 +45,7 @@ class _Block:
 class ReadAheadLimits:
     """Of one process."""
 
-    threads: int = 8
+    threads: int = 16
     """Requests at a time."""
     most_bytes: int = 64 * 2**20
     """Fetched or under way and not yet read; one block may take more, and so may what readers fetch for themselves."""
@@ -69,13 +72,17 @@ class ReadAhead:
         self._done: dict[_Block, None] = {}
         self._held_bytes = 0  # of blocks that are running or done
         self._started = 0
+        self._calls = 0
+        self._reached = 0  # the last call of whose ranges one was read
         self._closed = False
 
     def announce(self, ranges: Iterable[Range]) -> None:
         """Ranges that are going to be read, about in this order."""
         with self._changed:
+            self._calls += 1
             wanted = [r for r in dict.fromkeys(ranges) if r[2] > 0 and r not in self._of_range]
             for block in join(wanted, gap=self._limits.join_gap, most_bytes=self._limits.join_bytes):
+                block.call = self._calls
                 self._waiting[block] = None
                 self._of_range |= dict.fromkeys(block.unread, block)
             while len(self._of_range) > _MOST_RANGES and (self._done or self._waiting):
@@ -95,6 +102,7 @@ class ReadAhead:
             block = self._of_range.pop(wanted, None)
             if block is None:
                 return None
+            self._reached = max(self._reached, block.call)
             mine = block.state == "waiting"
             if mine:
                 self._begin(block)
@@ -135,8 +143,13 @@ class ReadAhead:
     def _next(self) -> _Block | None:
         """The first block that waits, if there is room for it."""
         block = next(iter(self._waiting), None)
-        if block is None or (self._held_bytes and self._held_bytes + block.size > self._limits.most_bytes):
+        if block is None:
             return None
+        while self._held_bytes and self._held_bytes + block.size > self._limits.most_bytes:
+            oldest = next(iter(self._done), None)
+            if oldest is None or oldest.call + 2 > self._reached:
+                return None
+            self._forget(oldest)
         return block
 
     def _begin(self, block: _Block) -> None:

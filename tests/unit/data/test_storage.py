@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import fsspec
 import pytest
 
+from mmar_megatron.data.read_ahead import ReadAhead
 from mmar_megatron.data.storage import LocalStorage, MissingError, ReadAheadLimits, Retry, Storage, StorageError, open_storage
 from tests.unit.data.faulty_server import FAULTS, Fault, FaultyServer, FolderSource, ServerSource, faulty_server
 from tests.unit.data.object_store import BUCKET, ObjectStore, credentials, object_store
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.timeout(120)
 
 KIB = 2**10
 PATIENT = Retry(attempts=4, request_seconds=30, first_wait_seconds=0.01, longest_wait_seconds=0.05)
-HASTY = Retry(attempts=4, request_seconds=1, first_wait_seconds=0.01, longest_wait_seconds=0.05)
+HASTY = Retry(attempts=3, request_seconds=1, first_wait_seconds=0.01, longest_wait_seconds=0.05)
 FILES = {
     name: random.Random(size).randbytes(size)
     for name, size in {"a.tar": 3_000_001, "b.tar": 2**20, "index/offset.npy": 40_000, "index/kind.npy": 7}.items()
@@ -139,7 +140,7 @@ def test_other_drivers_are_read_as_well() -> None:
 def test_faults_below_the_limit_change_nothing(place: Place, fault: Fault, ahead: bool, caplog: pytest.LogCaptureFixture) -> None:
     retry = HASTY if fault == "hang" else PATIENT
     with closing(place.open(retry=retry)) as storage:
-        assert storage.read(NAME, 0, 100) == right(NAME, 0, 100)  # what a stale answer repeats
+        assert storage.read(NAME, 0, 5000) == right(NAME, 0, 5000)  # what a stale answer repeats
         place.server.faults = [fault] * (retry.attempts - 1)
         if ahead:
             storage.read_ahead([(NAME, 1000, 5000)])
@@ -153,16 +154,16 @@ def test_faults_below_the_limit_change_nothing(place: Place, fault: Fault, ahead
 def test_faults_above_the_limit_end_in_an_error_with_the_name(place: Place, fault: Fault, ahead: bool) -> None:
     retry = HASTY if fault == "hang" else PATIENT
     with closing(place.open(retry=retry)) as storage:
-        storage.read(NAME, 0, 100)
+        storage.read(NAME, 0, 5000)
         place.server.forget()
         place.server.always = fault
         if ahead:
             storage.read_ahead([(NAME, 1000, 5000)])
         with pytest.raises(StorageError) as raised:
             storage.read(NAME, 1000, 5000)
-        assert f"{place.url}/{NAME}, bytes 1000 to 6000: 4 attempts in " in str(raised.value)
-        if fault != "reset":  # the drivers themselves repeat a request on a connection that was idle and turns out to be closed
-            assert len(place.server.ranges) == retry.attempts
+        assert f"{place.url}/{NAME}, bytes 1000 to 6000: {retry.attempts} attempts in " in str(raised.value)
+        # aiohttp itself repeats a request, once, whose connection is closed before any answer.
+        assert len(place.server.ranges) in range(retry.attempts, retry.attempts * (2 if fault == "reset" else 1) + 1)
         place.server.always = None
         assert storage.read(NAME, 1000, 5000) == right(NAME, 1000, 5000)
 
@@ -303,15 +304,27 @@ def test_what_is_fetched_and_not_yet_read_is_bounded(http: Place) -> None:
         assert len(http.server.ranges) == len(wanted)
 
 
-def test_what_is_announced_and_never_read_gives_way(http: Place) -> None:
+def test_what_is_announced_and_never_read_gives_way() -> None:
+    fetchers: dict[tuple[str, int], str] = {}
+
+    def fetch(name: str, start: int, end: int) -> bytes:
+        fetchers[name, start] = threading.current_thread().name
+        return right(name, start, end - start)
+
     skipped = [(NAME, 50_000 * i, 10_000) for i in range(6)]
-    wanted = [("b.tar", 50_000 * i, 10_000) for i in range(12)]
-    with closing(http.open(read_ahead=ReadAheadLimits(threads=2, join_gap=0, most_bytes=35_000))) as storage:
-        storage.read_ahead(skipped)
-        wait_until(lambda: len(http.server.ranges) == 3)
-        storage.read_ahead(wanted)
-        assert [storage.read(*r) for r in wanted] == [right(*r) for r in wanted]
-        assert [storage.read(*r) for r in skipped] == [right(*r) for r in skipped]
+    wanted = [("b.tar", 50_000 * i, 10_000) for i in range(20)]
+    with closing(ReadAhead(fetch, limits=ReadAheadLimits(threads=2, join_gap=0, most_bytes=35_000))) as ahead:
+        ahead.announce(skipped)
+        wait_until(lambda: len(fetchers) == 3)
+        for half in (wanted[:10], wanted[10:]):
+            ahead.announce(half)
+            for k, r in enumerate(half):
+                assert ahead.take(*r) == right(*r)
+                if half == wanted[10:] and k == 0:  # all that was skipped is forgotten, and there is room for three
+                    wait_until(lambda: ("b.tar", 50_000 * 13) in fetchers)
+        assert ahead.take(*skipped[0]) is None
+        assert fetchers["b.tar", 0] == threading.current_thread().name
+        assert fetchers["b.tar", 50_000 * 13].startswith("read-ahead")
 
 
 def test_an_error_in_the_background_is_raised_by_who_reads(place: Place) -> None:
@@ -375,6 +388,16 @@ def test_the_second_reader_makes_no_request_for_bytes(place: Place, tmp_path: Pa
     again(0)
     in_processes(2, again)
     assert len(place.server.ranges) == asked
+
+
+def test_threads_do_not_fetch_a_chunk_twice(place: Place, tmp_path: Path) -> None:
+    place.server.latency = 0.05
+    settings: dict[str, Any] = {"cache_dir": tmp_path / "cache", "cache_bytes": 2**24, "chunk_bytes": 100 * KIB}
+    wanted = [(NAME, 20_000 * i, 1000) for i in range(5)]
+    with closing(place.open(**settings, read_ahead=ReadAheadLimits(join_gap=0))) as storage:
+        storage.read_ahead(wanted)
+        assert [storage.read(*r) for r in wanted] == [right(*r) for r in wanted]
+    assert place.server.ranges == ["bytes=0-102399"]
 
 
 def cached_files(cache: Path) -> list[Path]:
