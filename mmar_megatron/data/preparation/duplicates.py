@@ -46,7 +46,7 @@ def find_duplicates(keys: NDArray[np.uint64], thumbnails: Callable[[NDArray[np.i
         for group in _groups(keys[:, column]):
             candidates[group] = True
     numbers = np.flatnonzero(candidates)
-    thumbs = thumbnails(numbers).reshape(len(numbers), -1)
+    thumbs = thumbnails(numbers).reshape(len(numbers), SIDE * SIDE * 3)
     for column in range(keys.shape[1]):
         for group in _groups(keys[numbers, column]):
             _drop_in_group(group, thumbs, numbers, dropped)
