@@ -216,7 +216,7 @@ def test_texts_are_cut_and_their_pieces_make_them_up(tmp_path: Path) -> None:
     np.testing.assert_array_equal(index.learned, index.text_tokens)
     assert samples[key_of("t/000000001")].content == [{"text": short, "learn": True, "end": True}]
     for row, text in ((0, long), (2, dense)):
-        pieces = []
+        pieces: list[dict[str, Any]] = []
         while (key := key_of(f"t/{row:09d}.{len(pieces)}")) in samples:
             pieces.append((samples[key].content or [])[0])
         assert "".join(piece["text"] for piece in pieces) == text
