@@ -15,8 +15,8 @@ from PIL import Image
 
 SIDE = 8
 THUMBNAIL = (SIDE, SIDE, 3)
-FAR = 10
-"""Cells are far apart beyond this, of 255. Compressing again moves them by up to 4; a skin tone, or a shape's colour, by 20."""
+FAR = 6
+"""Cells are far apart beyond this, of 255. Compressing a picture again moved them by up to 3; a skin tone, or a shape's colour, by 20."""
 _STEP = 2
 """Differences up to this count as none, so that noise on plain areas does not decide."""
 _MOST_COMPARED = 256
