@@ -12,7 +12,6 @@ from einops import rearrange
 from numpy.typing import NDArray
 
 from mmar_megatron.config_checks import DEFAULT_PATCH_SIZE
-from mmar_megatron.data.vae import VAECodec
 
 if TYPE_CHECKING:
     from mmar_megatron.config import CodecConfig
@@ -94,4 +93,6 @@ def build_codec(config: CodecConfig) -> ImageCodec:
         return PatchCodec(image_size=config.image_size, patch_size=patch_size)
     if config.path is None:
         raise ValueError("data.codec.kind vae needs data.codec.path, the directory of the auto-encoder: give it")
+    from mmar_megatron.data.vae import VAECodec  # here, since torch takes seconds, and preparing with patches needs none
+
     return VAECodec(config.path, image_size=config.image_size, patch_size=patch_size)

@@ -284,7 +284,8 @@ def write_index(
         file = directory / column_path(name)
         np.save(file, values)
         written[name] = {"sha256": sha256_of(file), "bytes": file.stat().st_size}
-    content = {"format_version": FORMAT_VERSION, **header, "columns": written, "shards": [asdict(shard) for shard in shards]}
+    values = {"format_version": FORMAT_VERSION, **header, "columns": written, "shards": [asdict(shard) for shard in shards]}
+    content = {f.name: values[f.name] for f in fields(Index) if f.name != "files"}
     unfinished = directory / f".{INDEX_NAME}.unfinished"
     unfinished.write_text(json.dumps(content, separators=(",", ":"), ensure_ascii=False))
     unfinished.replace(directory / INDEX_NAME)

@@ -92,6 +92,8 @@ class Preparation:
             if self.rank and self.out.exists():
                 return None
             raise
+        finally:
+            unfinished.release()
 
     def _steps(self, unfinished: Unfinished, blocks: int, *, dropped: dict[str, int]) -> Report | None:
         begin = time.monotonic()

@@ -15,8 +15,8 @@ from PIL import Image
 
 SIDE = 8
 THUMBNAIL = (SIDE, SIDE, 3)
-FAR = 10
-"""Cells are far apart beyond this, of 255. Compressing again moves them by up to 4; a skin tone, or a shape's colour, by 20."""
+FAR = 6
+"""Cells are far apart beyond this, of 255. Compressing a picture again moved them by up to 3; a skin tone, or a shape's colour, by 20."""
 _STEP = 2
 """Differences up to this count as none, so that noise on plain areas does not decide."""
 _MOST_COMPARED = 256
@@ -46,7 +46,7 @@ def find_duplicates(keys: NDArray[np.uint64], thumbnails: Callable[[NDArray[np.i
         for group in _groups(keys[:, column]):
             candidates[group] = True
     numbers = np.flatnonzero(candidates)
-    thumbs = thumbnails(numbers).reshape(len(numbers), -1)
+    thumbs = thumbnails(numbers).reshape(len(numbers), SIDE * SIDE * 3)
     for column in range(keys.shape[1]):
         for group in _groups(keys[numbers, column]):
             _drop_in_group(group, thumbs, numbers, dropped)

@@ -19,7 +19,7 @@ from mmar_megatron.data.index import SPLITS, Split
 from mmar_megatron.data.preparation.duplicates import THUMBNAIL, find_duplicates
 from mmar_megatron.data.preparation.look import BY_HASH
 from mmar_megatron.data.preparation.recipe import Recipe
-from mmar_megatron.data.preparation.records import DUPLICATE, REASONS, key_of
+from mmar_megatron.data.preparation.records import DUPLICATE, REASONS
 from mmar_megatron.data.preparation.unfinished import Unfinished, atomically
 from mmar_megatron.data.shard_writer import shard_name
 
@@ -191,11 +191,8 @@ def _refuse_equal_keys(
     order = np.argsort(keys, kind="stable")
     equal = np.flatnonzero(np.diff(keys[order]) == 0)
     if len(equal):
-        one, other = (_name(kept[order[equal[0] + k]], looks, unfinished, source) for k in (0, 1))
-        raise ValueError(
-            f"{len(equal):,} records have the name of another ({one} and {other} are both {key_of(one)!r}): "
-            f"rename them, or give another --key"
-        )
+        name = _name(kept[order[equal[0]]], looks, unfinished, source)
+        raise ValueError(f"{len(equal):,} records have the name of another, such as {name!r}: rename them, or give another --key")
 
 
 def _name(record: np.int64, looks: _Looks, unfinished: Unfinished, source: Any) -> str:

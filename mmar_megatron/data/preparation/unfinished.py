@@ -116,6 +116,7 @@ class Unfinished:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which ends with the process, however it ends
         except OSError as error:
+            self.release()
             raise ValueError(f"another process is preparing {self.out}: wait for it, or choose another --out") from error
 
     def block(self, number: int) -> Block:
@@ -145,10 +146,14 @@ class Unfinished:
 
     def remove(self) -> None:
         """Removes the directory."""
+        self.release()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def release(self) -> None:
+        """Lets others go on with it."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-        shutil.rmtree(self.path, ignore_errors=True)
 
 
 def read_block(folder: Path, number: int) -> Block:
