@@ -197,7 +197,10 @@ class Training:
         partial.replace(self.state_file)
 
     def _load(self) -> None:
-        state = torch.load(self.state_file, map_location=platform.device(), weights_only=True)
+        try:
+            state = torch.load(self.state_file, map_location=platform.device(), weights_only=True)
+        except Exception as error:  # whatever damage does to an archive with a pickle
+            raise ValueError(f"{self.state_file} of a killed training is damaged: give --fresh to begin anew") from error
         if state["settings"] != self.settings:
             other = [f"--{key} {value}" for key, value in state["settings"].items() if self.settings.get(key) != value]
             raise ValueError(
