@@ -98,7 +98,9 @@ def run(command: str, *, folder: Path, environment: dict[str, str]) -> str:
 
 
 def test_every_command_of_the_guide_runs(folder: Path, store: ObjectStore) -> None:
-    environment = os.environ | credentials("http://{}:{}".format(*store.address)) | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = (
+        os.environ | credentials("http://{}:{}".format(*store.address)) | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    )
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     packages = ROOT / ".cache" / "npm"
     left_out, outputs = [], {}
