@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter = argparse.ArgumentDefaultsHelpFormatter
         return commands.add_parser(name, help=help, description=help, parents=parents, formatter_class=formatter).add_argument
 
-    out, made, found, captions, rows = _out(), _common(32, 4), _found(), _captions(), _rows()
+    out, made, found, captions, rows, workers = _out(), _common(32, 4), _found(), _captions(), _rows(), _workers()
     add = command("shapes", "coloured shapes, drawn here", out, made)
     add("--train", type=int, default=8000, help="number of training pictures")
     add("--validation", type=int, default=512, help="number of held-out pictures")
@@ -73,9 +73,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("input", nargs="+", metavar="FILE")
 
-    add = command("index", "rebuild index.json and the columns of a data set from its tars", _common(None, None), _codec())
+    add = command(
+        "index", "rebuild index.json and the columns of a data set from its tars", _common(None, None), _codec(), workers
+    )
     add("directory", type=Path)
-    add = command("verify", "compare shards and columns with their checksums, and the columns with what is in the shards")
+    add = command("verify", "compare shards and columns with their checksums, and with each other", workers)
     add("directory", type=Path)
     add("--tokenizer", help="the one that the data set was made with, if it is not in the directory")
     return parser
@@ -108,7 +110,7 @@ def _codec() -> argparse.ArgumentParser:
 
 def _found() -> argparse.ArgumentParser:
     """Options of sources whose records are judged."""
-    parser = argparse.ArgumentParser(add_help=False, parents=[_common(256, None), _codec()])
+    parser = argparse.ArgumentParser(add_help=False, parents=[_common(256, None), _codec(), _workers()])
     add = parser.add_argument
     add("--flip", action="store_true", help="store the moments of the mirrored pictures too")
     add("--keep_images", action="store_true", help="store the pixels beside the moments")
@@ -120,7 +122,12 @@ def _found() -> argparse.ArgumentParser:
     add("--text_tokens", type=int, default=1024, help="cut plain texts into pieces of so many tokens")
     add("--samples_per_shard", type=int, default=4096, help="records in a tar")
     add("--encoder_batch", type=int, default=64, help="pictures given to --vae and --teacher at a time")
-    add("--workers", type=int, default=_cores(), help="processes that decode; 0: this one does")
+    return parser
+
+
+def _workers() -> argparse.ArgumentParser:
+    parser = _parent()
+    parser.add_argument("--workers", type=int, default=_cores(), help="processes that read and decode; 0: this one does")
     return parser
 
 
@@ -166,11 +173,11 @@ def main() -> None:
 def run(args: argparse.Namespace) -> str:
     """Makes, verifies or indexes a data set, and returns what to report."""
     if args.command == "verify":
-        index, unchecked = verify(args.directory, tokenizer=args.tokenizer)
+        index, unchecked = verify(args.directory, tokenizer=args.tokenizer, workers=args.workers)
         counts = ", ".join(f"{index.count(split):,} {split}" for split in SPLITS)
         return f"{args.directory}: {len(index.shards)} shards are whole ({counts})" + "".join(f"; {line}" for line in unchecked)
     if args.command == "index":
-        index = rebuild_index(args.directory, codec=_codec_for_index(args), tokenizer=args.tokenizer)
+        index = rebuild_index(args.directory, codec=_codec_for_index(args), tokenizer=args.tokenizer, workers=args.workers)
         return f"{args.directory}: indexed {len(index):,} samples in {len(index.shards)} shards"
     vocabulary = {} if args.vocab_size is None else {"vocab_size": args.vocab_size}
     if args.command in ("shapes", "emoji"):

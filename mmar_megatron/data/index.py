@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mmar_megatron.data.storage import Storage, open_storage
 
 FORMAT_VERSION = 2
 INDEX_NAME = "index.json"
@@ -46,64 +47,6 @@ COLUMNS: dict[str, type[np.unsignedinteger[Any]]] = {
 
 class BadDataError(ValueError):
     """The data set turned out, while it was read, to be unfit."""
-
-
-class Files(Protocol):
-    """Where a data set lies."""
-
-    def read(self, name: str, offset: int, size: int) -> bytes:
-        """Exactly `size` bytes of a file, or an OSError."""
-
-    def read_ahead(self, ranges: Sequence[tuple[str, int, int]]) -> None:
-        """A hint that these (name, offset, size) are read soon, in this order."""
-
-    def size(self, name: str) -> int | None:
-        """Bytes of a file; None where it is missing."""
-
-    def local(self, name: str) -> Path:
-        """The whole file on this machine."""
-
-
-class LocalFiles:
-    """A directory of this machine. Open files do not travel to another process, and reopen there.
-
-    Args:
-        root: the directory.
-    """
-
-    def __init__(self, root: str | Path) -> None:
-        self._root = Path(root)
-        self._open: dict[str, int] = {}
-        self._process = os.getpid()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}
-
-    def __del__(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-
-    def read(self, name: str, offset: int, size: int) -> bytes:
-        """Exactly `size` bytes of a file, or an OSError."""
-        descriptor = self._open.get(name)
-        if descriptor is None:
-            descriptor = self._open[name] = os.open(self._root / name, os.O_RDONLY)
-        data = os.pread(descriptor, size, offset)
-        if len(data) != size:
-            raise OSError(f"{self._root / name} ends within the {size} bytes at {offset}: copy or prepare the data set anew")
-        return data
-
-    def read_ahead(self, ranges: Sequence[tuple[str, int, int]]) -> None:
-        """The system's own read-ahead does."""
-
-    def size(self, name: str) -> int | None:
-        """Bytes of a file; None where it is missing."""
-        file = self._root / name
-        return file.stat().st_size if file.is_file() else None
-
-    def local(self, name: str) -> Path:
-        """The file itself."""
-        return self._root / name
 
 
 @dataclass(kw_only=True)
@@ -207,31 +150,32 @@ class Index:
         return self._starts
 
     @staticmethod
-    def load(directory: str | Path, *, files: Files | None = None) -> Index:
+    def load(directory: str | Path, *, storage: Storage | None = None) -> Index:
         """Opens the index of a data set.
 
         Args:
-            directory: the data set.
-            files: where it lies; none: it is a directory of this machine.
+            directory: the data set, or its URL.
+            storage: opened for it; none: it is opened here.
 
         Raises:
             ValueError: there is none, it is not whole, or it has another format version.
         """
-        files = files or LocalFiles(directory)
-        if files.size(INDEX_NAME) is None:
+        storage = storage or open_storage(directory)
+        if storage.size(INDEX_NAME) is None:
             raise ValueError(
                 f"no data set at {directory}: make one with `python tools/prepare_data.py shapes --out {directory}` (or `emoji`)"
             )
-        content = _read_header(directory, files)
+        content = _read_header(directory, storage)
+        sizes = storage.sizes([column_path(name) for name in content["columns"]])
         local = {}
         for name, column in content["columns"].items():
             path = column_path(name)
-            if (found := files.size(path)) != column["bytes"]:
+            if (found := sizes[path]) != column["bytes"]:
                 size = "is missing" if found is None else f"has {found:,} bytes"
                 raise ValueError(
                     f"{directory}/{path} {size}, {INDEX_NAME} says {column['bytes']:,} bytes: copy it again or `{REBUILD}`"
                 )
-            local[name] = files.local(path)
+            local[name] = storage.local(path)
         return Index(**{**content, "shards": [Shard(**shard) for shard in content["shards"]], "files": local})
 
 
@@ -247,10 +191,10 @@ def column_path(name: str) -> str:
     return f"{COLUMN_FOLDER}/{name}.npy"
 
 
-def _read_header(directory: str | Path, files: Files) -> dict[str, Any]:
+def _read_header(directory: str | Path, storage: Storage) -> dict[str, Any]:
     name = f"{directory}/{INDEX_NAME}"
     try:
-        content = json.loads(files.local(INDEX_NAME).read_bytes())
+        content = json.loads(storage.local(INDEX_NAME).read_bytes())
         found = content["format_version"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{name} is not a complete index: copy it again, or prepare the data set anew") from error
@@ -278,11 +222,11 @@ def write_index(
     written = {}
     for name, dtype in COLUMNS.items():
         if name == "text_start":  # each shard has the number of texts of its samples instead
-            values = np.concatenate([[0], np.cumsum(np.concatenate([of_shard["texts"] for of_shard in columns]))]).astype(dtype)
+            column = np.concatenate([[0], np.cumsum(np.concatenate([of_shard["texts"] for of_shard in columns]))]).astype(dtype)
         else:
-            values = np.concatenate([of_shard[name] for of_shard in columns]).astype(dtype, copy=False)
+            column = np.concatenate([of_shard[name] for of_shard in columns]).astype(dtype, copy=False)
         file = directory / column_path(name)
-        np.save(file, values)
+        np.save(file, column)
         written[name] = {"sha256": sha256_of(file), "bytes": file.stat().st_size}
     values = {"format_version": FORMAT_VERSION, **header, "columns": written, "shards": [asdict(shard) for shard in shards]}
     content = {f.name: values[f.name] for f in fields(Index) if f.name != "files"}

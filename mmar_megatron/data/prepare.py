@@ -214,7 +214,7 @@ class Preparation:
             tokenizer=load_tokenizer(self.tokenizer or unfinished.data).fingerprint,
             num_tokens=self.codec.num_tokens,
             channels=self.codec.channels,
-            pictures=self.recipe.keep_pictures,
+            pictures=self.recipe.keep_pictures and any(columns["images"].any() for _, columns, _ in parts),
             moments="moments" in arrays,
             flipped="flipped" in arrays,
             teacher=teacher,

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mmar_megatron.data.index import INDEX_NAME, SPLITS, BadDataError, Files, Index, LocalFiles, Shard, Split
+from mmar_megatron.data.index import INDEX_NAME, SPLITS, BadDataError, Index, Shard, Split
 from mmar_megatron.data.shard_writer import ShardWriter
+from mmar_megatron.data.storage import Storage, open_storage
 
 __all__ = [
     "INDEX_NAME",
@@ -181,32 +182,33 @@ class ShardReader:
     """Random access to the samples of one split.
 
     Args:
-        directory: the data set.
+        directory: the data set, or its URL.
         index: its index.
         split: which samples.
         cache_bytes: samples are kept, with what was decoded of them, up to about this size. Epochs come in random order, where
             evicting one sample for another would gain nothing: what is in stays in.
-        files: where the data set lies; none: it is a directory of this machine.
+        storage: opened for the data set; none: it is opened here.
 
     Raises:
         ValueError: the split is empty, or a shard is missing or has not the size that the index says.
     """
 
     def __init__(
-        self, directory: str | Path, *, index: Index, split: Split, cache_bytes: int = 0, files: Files | None = None
+        self, directory: str | Path, *, index: Index, split: Split, cache_bytes: int = 0, storage: Storage | None = None
     ) -> None:
         self.index = index
         self.ids = index.ids(split)
         self._directory = directory
-        self._files: Files = files or LocalFiles(directory)
+        self._storage = storage or open_storage(directory)
         self._cache: dict[int, Sample] = {}
         self._cache_room = cache_bytes
         self._starts: list[int] = index.starts.tolist()
         if not self.ids:
             raise ValueError(f"{directory} has no {split} samples: prepare a data set that has")
-        for shard in index.shards:
-            if shard.split == split:
-                check_size(directory, shard, found=self._files.size(shard.name))
+        shards = [shard for shard in index.shards if shard.split == split]
+        sizes = self._storage.sizes([shard.name for shard in shards])
+        for shard in shards:
+            check_size(directory, shard, found=sizes[shard.name])
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -227,7 +229,7 @@ class ShardReader:
             UndecodableSampleError: see `Sample`.
         """
         name, offset, size = self.place(number)
-        head = self._files.read(name, offset, min(size, _HEAD))
+        head = self._storage.read(name, offset, min(size, _HEAD))
         end = _end_of_first_member(head)
         if end is None or end > len(head):
             return self.read(number).metadata
@@ -242,7 +244,7 @@ class ShardReader:
         if (cached := self._cache.get(number)) is not None:
             return cached
         name, offset, size = self.place(number)
-        sample = self._sample(number, self._files.read(name, offset, size), name, offset)
+        sample = self._sample(number, self._storage.read(name, offset, size), name, offset)
         if self._cache_room:
             cost = 2 * size + sample.num_pictures * 3 * self.index.image_size**2 + 2000  # and objects of Python around the bytes
             if cost <= self._cache_room:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import mmap
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ from mmar_megatron.data.index import (
     INDEX_NAME,
     SPLITS,
     Index,
-    LocalFiles,
     Shard,
     Split,
     column_path,
     sha256_of,
     write_index,
 )
+from mmar_megatron.data.preparation.pool import ordered
 from mmar_megatron.data.shard_writer import ShardColumns, shard_name
 from mmar_megatron.data.shards import check_size, decode_npy, parse_header
 from mmar_megatron.data.tokenizer import Tokenizer, load_tokenizer
@@ -34,8 +35,13 @@ _BLOCK = 512
 _MOST_SHOWN = 10
 
 
-def verify(directory: str | Path, *, tokenizer: str | None = None) -> tuple[Index, list[str]]:
+def verify(directory: str | Path, *, tokenizer: str | None = None, workers: int = 0) -> tuple[Index, list[str]]:
     """Reads all of a data set: sizes and checksums of shards and columns, and whether the columns say what the shards hold.
+
+    Args:
+        directory: the data set.
+        tokenizer: path of the one that it was made with; none: the directory's, if it is there.
+        workers: processes that read; 0: this one does.
 
     Returns:
         The index, and what could not be checked.
@@ -44,39 +50,63 @@ def verify(directory: str | Path, *, tokenizer: str | None = None) -> tuple[Inde
         ValueError: something is missing, truncated or altered; the message names all of it, or the first of much.
     """
     directory = Path(directory)
-    index, files = Index.load(directory), LocalFiles(directory)
-    counter, unchecked = _tokenizer_of(directory, index, tokenizer)
+    index = Index.load(directory)
+    counter, unchecked = _has_tokenizer(directory, index, tokenizer)
     faults = []
     for name in COLUMNS:
-        if sha256_of(files.local(column_path(name))) != index.columns[name]["sha256"]:
+        if sha256_of(directory / column_path(name)) != index.columns[name]["sha256"]:
             faults.append(f"column {directory}/{column_path(name)} was altered, its SHA-256 is not the index's")
-    for number, shard in enumerate(index.shards):
-        try:
-            check_size(directory, shard, found=files.size(shard.name))
-            if sha256_of(directory / shard.name) != shard.sha256:
-                raise ValueError(f"shard {directory}/{shard.name} was altered, its SHA-256 is not the index's")
-            found = scan_shard(directory / shard.name, tokenizer=counter, languages=index.languages)
-            faults += _differences(directory, index, number, found, tokens=counter is not None)
-        except ValueError as error:
-            faults.append(str(error).removesuffix(": copy or prepare the data set anew"))
+    scanner = _Scanner(directory=directory, tokenizer=(tokenizer or directory) if counter else None, languages=index.languages)
+    scans = ordered(scanner, index.shards, workers=min(workers, len(index.shards)))
+    for number, found in enumerate(scans):
+        faults += [found] if isinstance(found, str) else _differences(directory, index, number, found, tokens=counter)
     if faults:
         more = f"; and {len(faults) - _MOST_SHOWN:,} more" if len(faults) > _MOST_SHOWN else ""
         raise ValueError("; ".join(faults[:_MOST_SHOWN]) + more + ": copy or prepare the data set anew")
     return index, unchecked
 
 
-def _tokenizer_of(directory: Path, index: Index, path: str | None) -> tuple[Tokenizer | None, list[str]]:
+def _size(file: Path) -> int | None:
+    return file.stat().st_size if file.is_file() else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scanner:
+    """Scans shards in worker processes."""
+
+    directory: Path
+    tokenizer: str | Path | None
+    languages: list[str] | None
+
+    def __call__(self, shard: Shard) -> Scan | str:
+        """What the shard holds, or how it is not what the index says; a shard without a checksum is only scanned."""
+        file = self.directory / shard.name
+        try:
+            if shard.sha256:
+                check_size(self.directory, shard, found=_size(file))
+                if sha256_of(file) != shard.sha256:
+                    return f"shard {file} was altered, its SHA-256 is not the index's"
+            return scan_shard(file, tokenizer=self._tokenizer, languages=self.languages)
+        except ValueError as error:
+            return str(error).removesuffix(": copy or prepare the data set anew")
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer | None:
+        return None if self.tokenizer is None else load_tokenizer(self.tokenizer)
+
+
+def _has_tokenizer(directory: Path, index: Index, path: str | None) -> tuple[bool, list[str]]:
     try:
         found = load_tokenizer(path or directory)
     except ValueError:
         if path:
             raise
-        return None, ["tokens were not counted again, which needs --tokenizer"]
+        return False, ["tokens were not counted again, which needs --tokenizer"]
     if found.fingerprint != index.tokenizer:
         raise ValueError(
             f"{path or directory} holds another tokenizer than the one that {INDEX_NAME} names: give that with --tokenizer"
         )
-    return found, []
+    return True, []
 
 
 def _differences(directory: Path, index: Index, number: int, found: Scan, *, tokens: bool) -> list[str]:
@@ -116,6 +146,7 @@ class Scan:
     """Kinds of member."""
     features: int | None = None
     """Of a teacher, for each token."""
+    sha256: str = ""
 
 
 def scan_shard(file: Path, *, tokenizer: Tokenizer | None, languages: list[str] | None = None) -> Scan:
@@ -130,7 +161,7 @@ def scan_shard(file: Path, *, tokenizer: Tokenizer | None, languages: list[str] 
         ValueError: it is no tar as `shard_writer` writes them.
     """
     rows = []
-    found = Scan(columns={}, languages=languages or [])
+    found = Scan(columns={}, languages=languages or [], sha256=sha256_of(file))
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for key, begin, end, members in _samples(file, data):
             pictures = _pictures(data, members)
@@ -198,13 +229,14 @@ def _shape(data: mmap.mmap, place: tuple[int, int]) -> tuple[int, ...]:
     return decode_npy(memoryview(data[place[0] : place[0] + place[1]])).shape
 
 
-def rebuild_index(directory: str | Path, *, codec: ImageCodec | None, tokenizer: str | None) -> Index:
+def rebuild_index(directory: str | Path, *, codec: ImageCodec | None, tokenizer: str | None, workers: int = 0) -> Index:
     """Makes index.json and the columns anew from the tars alone.
 
     Args:
         directory: with train-000000.tar and so on.
         codec: that the pictures are for; none: as index.json says, if it can be read.
         tokenizer: path of the one that counts; none: the directory's.
+        workers: processes that read; 0: this one does.
 
     Raises:
         ValueError: there is no tar, one is damaged, or neither index.json nor the arguments say what the data set is for.
@@ -218,14 +250,17 @@ def rebuild_index(directory: str | Path, *, codec: ImageCodec | None, tokenizer:
         raise ValueError(
             f"{directory} has no index that says what its pictures are for: give --image_size, and --patch_size or --vae"
         )
-    counter = load_tokenizer(tokenizer or directory)
-    shards, scans = [], []
-    for name, split in _shard_files(directory):
-        scan = scan_shard(directory / name, tokenizer=counter)
-        if scan.faults:
-            raise ValueError(f"shard {directory}/{name}: {scan.faults[0]}: prepare the data set anew")
-        size, samples = (directory / name).stat().st_size, len(scan.columns["offset"])
-        shards.append(Shard(name=name, split=split, samples=samples, bytes=size, sha256=sha256_of(directory / name)))
+    fingerprint = load_tokenizer(tokenizer or directory).fingerprint
+    scans, shards = [], []
+    bare = [Shard(name=name, split=split, samples=0, bytes=0, sha256="") for name, split in _shard_files(directory)]
+    scanner = _Scanner(directory=directory, tokenizer=tokenizer or directory, languages=None)
+    for shard, scan in zip(bare, ordered(scanner, bare, workers=min(workers, len(bare))), strict=True):
+        if isinstance(scan, str) or scan.faults:
+            fault = scan if isinstance(scan, str) else f"shard {directory}/{shard.name}: {scan.faults[0]}"
+            raise ValueError(f"{fault}: copy or prepare the data set anew")
+        file = directory / shard.name
+        samples = len(scan.columns["offset"])
+        shards.append(replace(shard, samples=samples, bytes=file.stat().st_size, sha256=scan.sha256))
         scans.append(scan)
     languages = sorted(set().union(*(scan.languages for scan in scans)))
     for scan in scans:
@@ -240,7 +275,7 @@ def rebuild_index(directory: str | Path, *, codec: ImageCodec | None, tokenizer:
         **{
             "made_by": {"source": "tars"},
             **header,
-            "tokenizer": counter.fingerprint,
+            "tokenizer": fingerprint,
             "pictures": any(kind.endswith("png") for kind in members),
             "moments": "moments.npy" in members,
             "flipped": "flipped.npy" in members,

@@ -16,7 +16,7 @@ from PIL import Image
 SIDE = 8
 THUMBNAIL = (SIDE, SIDE, 3)
 FAR = 6
-"""Cells are far apart beyond this, of 255. Compressing a picture again moved them by up to 3; a skin tone, or a shape's colour, by 20."""
+"""Of 255. Compressing a picture again moved its cells by up to 3; a skin tone, or a shape's colour, moves some by 20."""
 _STEP = 2
 """Differences up to this count as none, so that noise on plain areas does not decide."""
 _MOST_COMPARED = 256

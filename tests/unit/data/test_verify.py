@@ -2,9 +2,11 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from mmar_megatron.data.index import COLUMNS, INDEX_NAME, Index, Shard, column_path, sha256_of, write_index
 from mmar_megatron.data.preparation.documents import DocumentSource
@@ -147,7 +149,8 @@ def test_tars_that_are_not_ours(copied: Path) -> None:
 
 def test_opening_a_large_index_costs_little(tmp_path: Path) -> None:
     samples, per_shard = 2_000_000, 4096
-    shards, columns = [], []
+    shards: list[Shard] = []
+    columns: list[dict[str, NDArray[Any]]] = []
     for first in range(0, samples, per_shard):
         count = min(per_shard, samples - first)
         none = np.zeros(count, np.uint8)

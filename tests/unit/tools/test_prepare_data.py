@@ -1,7 +1,16 @@
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmar_megatron.data.index import Index
+from mmar_megatron.data.vae import VAECodec
+from tests.unit.data.autoencoders import make_autoencoder
+from tests.unit.data.sources import SIZE, contents, picture, samples_of, tokenizer_file, write_tar
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -33,6 +42,99 @@ def test_shapes_verify_and_a_tokenizer(tmp_path: Path) -> None:
     broken = run("prepare_data.py", "verify", out)
     assert broken.returncode == 1
     assert broken.stderr.startswith(f"error: shard {shard} has ")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for k in range(12):
+        (folder / f"{k:02d}.jpg").write_bytes(picture(k))
+        (folder / f"{k:02d}.txt").write_text(f"picture number {k}")
+    rows = [{"image": f"{k:02d}.jpg", "en": f"number {k}", "zh": [f"第{k}", f"号{k}"], "id": f"k{k}"} for k in range(12)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    turns = [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "This one."}]
+    (folder / "talk.json").write_text(json.dumps([{"image": row["image"], "conversations": turns} for row in rows]))
+    (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": f"text {k} " * 30}) for k in range(12)))
+    members = {f"{k}.{kind}": (folder / f"{k:02d}.{kind}").read_bytes() for k in range(12) for kind in ("jpg", "txt")}
+    write_tar(folder / "old.tar", members)
+    return folder
+
+
+SMALL = ("--image_size", SIZE, "--patch_size", 8, "--validation", 0.2, "--workers", 0)
+
+
+@pytest.mark.parametrize(
+    ("command", "inputs", "options"),
+    [
+        ("folder", ".", []),
+        ("webdataset", "old.tar", []),
+        ("table", "rows.jsonl", ["--captions", "en=en", "zh=zh", "--key", "id", "--keep", "id"]),
+        ("conversations", "talk.json", []),
+        ("text", "text.jsonl", ["--text_tokens", 50]),
+    ],
+)
+def test_every_kind_of_input(pictures: Path, tmp_path: Path, command: str, inputs: str, options: list[object]) -> None:
+    out = tmp_path / "out"
+    made = run("prepare_data.py", command, pictures / inputs, *options, "--out", out, "--tokenizer", tokenizer_file(), *SMALL)
+    assert made.returncode == 0, made.stderr
+    report = json.loads((out / "report.json").read_text())
+    assert f"{out}: {report['samples']['train']:,} train, {report['samples']['validation']:,} validation in" in made.stdout
+    assert report["pictures"] == (0 if command == "text" else 12)
+    verified = run("prepare_data.py", "verify", out, "--tokenizer", tokenizer_file())
+    assert f"{out}: 2 shards are whole" in verified.stdout, verified.stderr
+    before = contents(out)
+    indexed = run("prepare_data.py", "index", out, "--tokenizer", tokenizer_file(), "--workers", 2)
+    assert f"{out}: indexed {sum(report['samples'].values())} samples in 2 shards" in indexed.stdout, indexed.stderr
+    assert contents(out) == before
+
+
+def test_moments_of_an_auto_encoder_and_features_of_a_teacher(pictures: Path, tmp_path: Path) -> None:
+    make_autoencoder(tmp_path / "vae")
+    out, options = tmp_path / "out", ["--tokenizer", tokenizer_file(), "--validation", 0.2, "--image_size", SIZE]
+    options += ["--vae", tmp_path / "vae", "--flip", "--keep_images", "--teacher", "efficientnet_lite0", "--encoder_batch", 5]
+    made = run("prepare_data.py", "folder", pictures, "--out", out, *options)
+    assert made.returncode == 0, made.stderr
+    codec = VAECodec(tmp_path / "vae", image_size=SIZE)
+    index = Index.load(out)
+    assert (index.codec, index.num_tokens, index.channels) == (codec.fingerprint, codec.num_tokens, codec.channels)
+    assert (index.moments, index.flipped, index.pictures) == (True, True, True)
+    assert index.teacher and index.teacher["fingerprint"].startswith("teacher, ")
+    for sample in samples_of(out).values():
+        pixels = sample.image_HW3
+        for found, expected in ((sample.moments_I2NC, pixels), (sample.flipped_I2NC, pixels[:, ::-1])):
+            assert found is not None
+            np.testing.assert_allclose(found[0], codec.moments(expected[None])[0], rtol=1e-3, atol=1e-3)
+        assert sample.teacher_INF is not None
+        assert sample.teacher_INF.shape == (1, index.num_tokens, index.teacher["features"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["folder", "{here}/none", "--out", "{out}"], "error: there is no directory {here}/none: name one with pictures"),
+        (
+            ["table", "{here}/rows.jsonl", "--image", "file", "--out", "{out}"],
+            "error: {here}/rows.jsonl has no column 'file'",
+        ),
+        (["table", "{here}/talk.xml", "--out", "{out}"], "error: there is no file {here}/talk.xml: name files that exist"),
+        (["folder", "{here}", "--out", "{here}"], "error: {here} exists: remove it or choose another --out"),
+        (
+            ["folder", "{here}", "--flip", "--out", "{out}"],
+            "error: --flip and --keep_images say what to store",
+        ),
+        (["folder", "{here}", "--validation", "2", "--out", "{out}"], "error: --validation 2.0 is not a share in [0, 1)"),
+        (["folder", "{here}", "--tokenizer", "{here}/none", "--out", "{out}"], "error: no tokenizer at {here}/none"),
+        (["folder", "{here}", "--out", "{out}"], "error: vocab_size 8192 is too large for these texts: "),
+        (["index", "{here}"], "error: {here} has no index that says what its pictures are for: give --image_size, and"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(pictures: Path, tmp_path: Path, arguments: list[str], sentence: str) -> None:
+    names = {"here": pictures, "out": tmp_path / "out"}
+    failed = run("prepare_data.py", *(argument.format(**names) for argument in arguments))
+    assert failed.returncode == 1
+    assert failed.stderr.startswith(sentence.format(**names)), failed.stderr
+    assert failed.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_tokenizer_from_text(tmp_path: Path) -> None:
