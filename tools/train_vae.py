@@ -53,8 +53,10 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Formatter)
-    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="a data set with its pictures")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="directory to make")
+    parser.add_argument(
+        "--data", required=True, type=Path, default=argparse.SUPPRESS, metavar="DIR", help="a data set with its pictures"
+    )
+    parser.add_argument("--out", required=True, type=Path, default=argparse.SUPPRESS, metavar="DIR", help="directory to make")
     parser.add_argument("--steps", type=int, default=2500, help="optimizer steps")
     parser.add_argument("--batch_size", type=int, default=8, help="pictures in a step")
     parser.add_argument("--lr", type=float, default=1e-3, help="largest learning rate: it rises for 50 steps, then falls to 0")
@@ -214,8 +216,9 @@ class Training:
 
 @torch.no_grad()
 def initialize(model: Any) -> None:
-    """Makes a fresh auto-encoder pass on, from its first step, what it reads: 400 steps of 8 emoji reach 18.3 dB, not 15.8.
+    """Makes a fresh auto-encoder pass on, from its first step, what it reads.
 
+    400 steps of 8 emoji of 32 pixels then reach 18.3 dB, not 15.8 (widths 32 64 64 64, the absolute error alone).
     torch's convolutions shrink the variance by 3 each, of which dozens leave nothing; here they keep it. Residual branches begin
     at zero. Noise as large as that of a normal distribution would drown the latents, so it begins small.
     """

@@ -254,7 +254,7 @@ class ShardReader:
 
     def read_ahead(self, numbers: Sequence[int]) -> None:
         """A hint that these samples are read soon, in this order."""
-        self._files.read_ahead([self.place(number) for number in numbers if number not in self._cache])
+        self._storage.read_ahead([self.place(number) for number in numbers if number not in self._cache])
 
     def read_or_next(self, number: int, *, check: Callable[[Sample], object] = Sample.decode_pictures) -> tuple[Sample, int]:
         """The sample, or where it cannot be decoded the next one that can (cyclically), and how many were skipped.

@@ -33,7 +33,7 @@ class DataSet:
     path: str
     weight: float
     tasks: TaskConfig
-    files: Storage
+    storage: Storage
     index: Index
     first_id: int
     """What is added to a sample's number to tell it from other sources' samples in reports."""
@@ -72,9 +72,9 @@ class DataSource:
     def _load_tokenizer(self) -> Tokenizer:
         if self.config.tokenizer is not None:
             return load_tokenizer(self.config.tokenizer)
-        files = self.sets[0].files
-        names = [name for name in ("tokenizer.model", "tokenizer.json") if files.size(name) is not None]
-        return load_tokenizer(files.local(names[0]) if names else self._tokenizer_path)
+        storage = self.sets[0].storage
+        names = [name for name in ("tokenizer.model", "tokenizer.json") if storage.size(name) is not None]
+        return load_tokenizer(storage.local(names[0]) if names else self._tokenizer_path)
 
     def _check(self, opened: DataSet) -> None:
         path, index = opened.path, opened.index
@@ -138,7 +138,7 @@ class DataSource:
             ValueError: the split is empty, or a shard missing or truncated.
         """
         opened = of or self.validation_set
-        return ShardReader(opened.path, index=opened.index, split=split, cache_bytes=cache_bytes, files=opened.files)
+        return ShardReader(opened.path, index=opened.index, split=split, cache_bytes=cache_bytes, storage=opened.storage)
 
     def planner(self, *, seed: int) -> Planner:
         """Plans the training stream."""
@@ -201,14 +201,14 @@ def _open_all(config: DataConfig) -> Iterator[DataSet]:
     sources: dict[str, SourceConfig] = config.sources or {SINGLE: SourceConfig(path=config.path)}
     first_id = 0
     for name, source in sources.items():
-        files = open_storage(source.path, cache_dir=config.cache_dir, cache_bytes=_cache_bytes(source.path, config))
-        index = Index.load(source.path, files=files)
+        storage = open_storage(source.path, cache_dir=config.cache_dir, cache_bytes=_cache_bytes(source.path, config))
+        index = Index.load(source.path, storage=storage)
         yield DataSet(
             name=name,
             path=source.path,
             weight=source.weight,
             tasks=source.tasks or config.tasks,
-            files=files,
+            storage=storage,
             index=index,
             first_id=first_id,
         )
