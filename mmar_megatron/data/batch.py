@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,6 +78,19 @@ class Batch:
         """Called by torch's DataLoader where the batch goes to a GPU."""
         return self._map(Tensor.pin_memory)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Each tensor that another process receives from a loader's worker costs a handshake for its shared memory: there is one.
+        tensors = {f.name: tensor for f in fields(self) if (tensor := getattr(self, f.name)) is not None}
+        wide_first = sorted(tensors, key=lambda name: -tensors[name].itemsize)  # so that all are aligned
+        together = torch.cat([tensors[name].contiguous().view(-1).view(torch.uint8) for name in wide_first])
+        return _separate, (together, [(name, tensors[name].dtype, tensors[name].shape) for name in wide_first])
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})
+
+
+def _separate(together: Tensor, parts: list[tuple[str, torch.dtype, torch.Size]]) -> Batch:
+    sizes = [dtype.itemsize * shape.numel() for _, dtype, shape in parts]
+    pieces = together.split(sizes)
+    return Batch(**{name: piece.view(dtype).view(shape) for (name, dtype, shape), piece in zip(parts, pieces, strict=True)})

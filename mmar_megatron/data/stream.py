@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +34,9 @@ class Task(enum.IntEnum):
     IMAGE_TO_TEXT = 1
     IMAGE_ONLY = 2
     CONTENT = 3
+
+
+_TASKS = list(Task)
 
 
 class DocumentPlan(NamedTuple):
@@ -131,17 +135,23 @@ class Window:
 
     def plan(self, row: int) -> list[DocumentPlan]:
         """The documents of a row."""
+        return [self._plans[d] for d in self.rows[row]]
+
+    @cached_property
+    def _plans(self) -> list[DocumentPlan]:
         columns = (self.source_D, self.number_D, self.epoch_D, self.task_D, self.text_D)
         return [
-            DocumentPlan(source=source, number=number, epoch=epoch, task=Task(task), text=text)
-            for source, number, epoch, task, text in zip(*(column[self.rows[row]].tolist() for column in columns), strict=True)
+            DocumentPlan(source=source, number=number, epoch=epoch, task=_TASKS[task], text=text)
+            for source, number, epoch, task, text in zip(*(column.tolist() for column in columns), strict=True)
         ]
 
     @cached_property
     def consumed(self) -> NDArray[np.int64]:
         """[rows + 1, 3]: documents, tokens and images of all rows before each."""
-        of_row = [(len(row), self.length_D[row].sum(), self.images_D[row].sum()) for row in self.rows]
-        return np.concatenate([np.zeros((1, 3), dtype=np.int64), np.cumsum(of_row, axis=0, dtype=np.int64)])
+        order_D = np.fromiter(chain.from_iterable(self.rows), dtype=np.int64, count=len(self.source_D))
+        of_document = np.stack([np.ones_like(order_D), self.length_D[order_D], self.images_D[order_D]], axis=1)
+        before_D = np.concatenate([np.zeros((1, 3), dtype=np.int64), np.cumsum(of_document, axis=0)])
+        return before_D[np.cumsum([0, *map(len, self.rows)])]
 
 
 class Planner:
