@@ -12,11 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from mmar_megatron.data import shapes
 from mmar_megatron.training.metrics import read_metrics
 from tests.unit.data.object_store import BUCKET, ObjectStore, credentials, object_store
+from tests.unit.data.test_ldm import original
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = ROOT / "docs" / "data.md"
@@ -62,7 +65,7 @@ def store() -> Iterator[ObjectStore]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a user stands who has pictures, and conversations and texts about them."""
+    """Where a user stands who has pictures, conversations and texts about them, and auto-encoders of small size."""
     folder = tmp_path_factory.mktemp("guide")
     for name in ("tools", "examples", "mmar_megatron", "pretrain_mmar.py"):
         (folder / name).symlink_to(ROOT / name)
@@ -88,6 +91,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "talks.json").write_text(json.dumps(talks))
     notes = [json.dumps({"text": paragraph}) for paragraph in GUIDE.read_text().split("\n\n")]
     (folder / "notes.jsonl").write_text("\n".join(notes))
+    torch.save({"model": original("kl16").state_dict()}, folder / "kl16.ckpt")
+    torch.save({"state_dict": original("sd").state_dict()}, folder / "sd.ckpt")
+    save_file(original("flux").state_dict(), folder / "ae.safetensors")
     return folder
 
 
