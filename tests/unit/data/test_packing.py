@@ -1,30 +1,42 @@
-import itertools
+"""Every document has its place, no sequence is too long, and few are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from mmar_megatron.data.packing import pack
+from mmar_megatron.data.packing import best_fit, exact_fit, pack
 
-
-@pytest.mark.parametrize("seed", range(5))
-def test_each_document_stands_once_in_a_row_that_holds_it(seed: int) -> None:
-    lengths = np.random.default_rng(seed).integers(1, 101, 500)
-    rows = pack(lengths, sequence_length=100)
-    assert sorted(itertools.chain(*rows)) == list(range(500))
-    assert all(1 <= lengths[row].sum() <= 100 for row in rows)
-    assert pack(lengths, sequence_length=100) == rows
+RANDOM = np.random.default_rng(3)
+PICTURES = RANDOM.integers(73, 99, 4096)
+MIXED = np.where(RANDOM.random(4096) < 0.7, PICTURES, RANDOM.integers(20, 401, 4096))
 
 
-def test_fullest_row_that_fits_is_taken() -> None:
-    rows = pack(np.array([60, 50, 30, 40, 20]), sequence_length=100)
-    assert sorted(map(sorted, rows)) == [[0, 3], [1, 2, 4]]
+@pytest.mark.parametrize("algorithm", [best_fit, exact_fit, pack])
+@pytest.mark.parametrize("lengths_D", [PICTURES, MIXED, RANDOM.integers(1, 513, 1000), np.array([512]), np.array([256, 255])])
+def test_each_document_is_in_one_row_which_it_fits(
+    algorithm: Callable[..., list[list[int]]], lengths_D: NDArray[np.int64]
+) -> None:
+    rows = algorithm(lengths_D, sequence_length=512)
+    assert sorted(document for row in rows for document in row) == list(range(len(lengths_D)))
+    assert max(lengths_D[row].sum() for row in rows) <= 512
+    assert algorithm(lengths_D, sequence_length=512) == rows
 
 
-def test_it_is_near_the_fewest_possible() -> None:
-    """Short documents fill what long ones leave."""
-    lengths = np.concatenate([np.random.default_rng(0).integers(70, 100, 3000), np.random.default_rng(1).integers(5, 400, 1000)])
-    rows = pack(lengths, sequence_length=512)
-    assert lengths.sum() / (512 * len(rows)) > 0.97
+def test_exact_fit_finds_two_and_three_that_fill_a_row() -> None:
+    lengths_D = np.array([4, 4, 4, 3, 3, 3, 3, 3, 3])
+    assert [lengths_D[row].tolist() for row in exact_fit(lengths_D, sequence_length=10)] == [[4, 3, 3]] * 3
+    assert len(best_fit(lengths_D, sequence_length=10)) == 4
+
+
+@pytest.mark.parametrize(("lengths_D", "share"), [(PICTURES, 0.96), (MIXED, 0.97)])
+def test_few_positions_are_left_unused(lengths_D: NDArray[np.int64], share: float) -> None:
+    rows = pack(lengths_D, sequence_length=512)
+    assert lengths_D.sum() / (512 * len(rows)) >= share
+    assert len(rows) <= len(best_fit(lengths_D, sequence_length=512))
 
 
 def test_edges() -> None:
