@@ -92,6 +92,12 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def choose_device() -> None:
+    """Work on this process's own of the machine's devices, by its rank on the machine."""
+    if HAS_CUDA:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+
+
 def init_process_group(*, timeout: timedelta) -> None:
     """Join the job's process group: NCCL on GPUs, else gloo. One process needs no launcher, and no port.
 
@@ -102,7 +108,7 @@ def init_process_group(*, timeout: timedelta) -> None:
         return
     alone: dict[str, Any] = {} if launched() else {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
     if HAS_CUDA:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        choose_device()
         torch.distributed.init_process_group(backend="nccl", device_id=device(), timeout=timeout, **alone)
     else:
         torch.distributed.init_process_group(backend="gloo", timeout=timeout, **alone)

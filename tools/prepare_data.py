@@ -231,12 +231,16 @@ def build_source(args: argparse.Namespace) -> Source:
 def build_encoders(args: argparse.Namespace) -> tuple[ImageCodec, list[Encoder]]:
     """The codec that the pictures are for, and what looks at them."""
     encoders: list[Encoder] = []
+    if args.vae is not None or args.teacher is not None:
+        from mmar_megatron import platform  # here and below, since torch takes seconds
+
+        platform.choose_device()
     if args.vae is None:
         if args.flip or args.keep_images:
             raise ValueError("--flip and --keep_images say what to store of a VAE's moments: give --vae, or leave them out")
         codec: ImageCodec = PatchCodec(image_size=args.image_size, patch_size=args.patch_size or 16)
     else:
-        from mmar_megatron.data.vae import MomentsEncoder, VAECodec  # here, since torch takes seconds
+        from mmar_megatron.data.vae import MomentsEncoder, VAECodec
 
         codec = vae = VAECodec(args.vae, image_size=args.image_size, patch_size=args.patch_size or 1)
         encoders.append(MomentsEncoder(vae, flip=args.flip))

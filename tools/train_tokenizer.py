@@ -12,7 +12,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmar_megatron.data.shards import Index, ShardReader
+from mmar_megatron.data.content import texts_in
+from mmar_megatron.data.index import Index
+from mmar_megatron.data.shards import ShardReader
 from mmar_megatron.data.tokenizer import load_tokenizer, train_sentencepiece
 
 
@@ -20,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", type=Path, metavar="DIR", help="the training captions of this data set")
+    source.add_argument("--data", type=Path, metavar="DIR", help="the training texts of this data set")
     source.add_argument("--text", type=Path, metavar="FILE", help="the lines of this UTF-8 file")
     parser.add_argument("--vocab_size", type=int, default=4096, help="number of pieces (default: 4096)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the model to write")
@@ -40,7 +42,7 @@ def run(args: argparse.Namespace) -> str:
     """Trains and writes the tokenizer, and returns what to report."""
     if args.out.exists():
         raise ValueError(f"{args.out} exists: remove it or choose another --out")
-    texts = captions_of(args.data) if args.data else read_lines(args.text)
+    texts = texts_of(args.data) if args.data else read_lines(args.text)
     unfinished = args.out.with_name(f".{args.out.name}.unfinished")
     unfinished.write_bytes(train_sentencepiece(texts, vocab_size=args.vocab_size))
     unfinished.rename(args.out)
@@ -49,10 +51,10 @@ def run(args: argparse.Namespace) -> str:
     return f"{args.out}: {tokenizer.vocab_size:,} pieces; {len(texts):,} texts of {mean:.1f} tokens on average"
 
 
-def captions_of(directory: Path) -> list[str]:
-    """All training captions of a data set."""
+def texts_of(directory: Path) -> list[str]:
+    """All captions and texts of the training samples of a data set."""
     reader = ShardReader(directory, index=Index.load(directory), split="train")
-    return [text for number in range(len(reader)) for group in reader.metadata(number)["captions"].values() for text in group]
+    return [text for number in range(len(reader)) for text in texts_in(reader.metadata(number))]
 
 
 def read_lines(file: Path) -> list[str]:

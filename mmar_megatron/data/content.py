@@ -97,6 +97,13 @@ def conversation_parts(turns: Any, *, pictures: int) -> list[dict[str, Any]] | N
     return parts
 
 
+def texts_in(metadata: Mapping[str, Any]) -> list[str]:
+    """All captions, or the texts of all parts."""
+    if "content" in metadata:
+        return [part["text"] for part in metadata["content"] if "text" in part]
+    return [text for texts in metadata["captions"].values() for text in texts]
+
+
 def cut_text(text: str, *, count: Callable[[str], int], longest: int) -> list[str]:
     """Pieces of at most `longest` tokens each that make up the text, cut behind white space where there is any.
 

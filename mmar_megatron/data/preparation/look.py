@@ -36,6 +36,8 @@ from mmar_megatron.data.preparation.unfinished import atomically, read_block
 BY_HASH = len(SPLITS)
 """In the column `split`: the plan decides."""
 _EXAMPLES = 3
+_MOST_LANGUAGES = 64
+"""Of a block: bits of a column."""
 
 
 @dataclass
@@ -79,6 +81,10 @@ class Looker:
             if reason:
                 examples.setdefault(reason, []).append(raw.name)
             languages += [language for language in raw.captions or () if language not in languages]
+            if len(languages) > _MOST_LANGUAGES:
+                raise ValueError(
+                    f"{raw.name} has captions in yet another language than the {_MOST_LANGUAGES} before: {languages[-1]!r}"
+                )
             columns.reason.append(REASONS.index(reason))
             columns.key.append(hash_of(key_of(raw.name)))
             columns.group.append(hash_of(raw.group or raw.name))

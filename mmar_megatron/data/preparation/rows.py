@@ -39,8 +39,8 @@ class Rows:
         for file in self.files:
             if file.suffix not in SUFFIXES:
                 raise ValueError(f"{file} is of no known kind: its name must end in one of {', '.join(SUFFIXES)}")
-        # A piece of a group of Parquet rows cannot be read without the whole, so that smaller pieces would be dear.
-        self.chunk_records = BLOCK_RECORDS if any(file.suffix in PARQUET for file in self.files) else 64
+        # Of a group of Parquet rows no piece can be read without all before it, so that small pieces would be dear.
+        self.chunk_records = 256 if any(file.suffix in PARQUET for file in self.files) else 64
 
     def blocks(self) -> Iterator[Block]:
         """The number of the file, that of the first row, and where it is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,9 +86,14 @@ class TableSource:
                 captions=captions,
                 pictures=[] if picture is None else [picture],
                 group=None if group is None else str(group),
-                extra={column: row.get(column) for column in self._keep},
+                extra={column: _plain(row.get(column)) for column in self._keep},
                 fault=fault if picture is not None else NO_PICTURE,
             )
+
+
+def _plain(value: Any) -> Any:
+    """As json takes it: times and numbers of Parquet's own become texts."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def picture_in(value: Any, *, folder: Path) -> tuple[Picture | None, str | None]:

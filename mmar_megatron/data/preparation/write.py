@@ -89,7 +89,7 @@ class Preparer:
     def _samples(self, raw: Raw, pixels: list[NDArray[np.uint8]]) -> Iterator[Ready]:
         pictures = [encode_image(image_HW3) for image_HW3 in pixels] if self._stores else []
         for key, said in self._pieces(raw):
-            metadata = said | raw.extra
+            metadata = said | {name: value for name, value in raw.extra.items() if name not in said}
             counts = count_texts(metadata, count=self._count, languages=self._languages)
             yield Ready(key, metadata, counts, pictures, pixels if self._encodes else [])
 

@@ -1,5 +1,6 @@
 import base64
 import csv
+import datetime
 import json
 import tarfile
 from pathlib import Path
@@ -111,6 +112,17 @@ def test_pictures_in_a_table(tmp_path: Path) -> None:
         for k in range(count):
             sample = samples[key_of(f"{name.partition('.')[0]}/{k:09d}")]
             np.testing.assert_array_equal(sample.image_HW3, pixels(data[k]))
+
+
+def test_kept_columns_harm_nothing(tmp_path: Path) -> None:
+    (tmp_path / "0.jpg").write_bytes(picture(0))
+    when = datetime.datetime(2026, 1, 2)
+    row = {"image": "0.jpg", "caption": "a", "captions": None, "when": when, "box": [1.5, 2]}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "t.parquet")
+    source = TableSource([tmp_path / "t.parquet"], captions=EN, image="image", keep=["when", "captions", "box"])
+    prepare(tmp_path / "out", source, validation=0)
+    (sample,) = samples_of(tmp_path / "out").values()
+    assert sample.metadata == {"captions": {"en": ["a"]}, "when": str(when), "box": [1.5, 2]}
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".json", ".parquet"])
