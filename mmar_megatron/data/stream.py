@@ -26,6 +26,9 @@ from numpy.typing import NDArray
 from mmar_megatron.data.draw import ShuffledOrder, Use, choose, low_discrepancy, source_seed, uniforms
 from mmar_megatron.data.packing import pack
 
+_VERSION = 1
+"""Of the rules below: a change of them that changes rows raises it."""
+
 
 class Task(enum.IntEnum):
     """What a document teaches; the first three are made of pairs, by the shares of `data.tasks`."""
@@ -169,7 +172,7 @@ class Planner:
         self.sources, self.settings = sources, settings
         self._seeds = [source_seed(settings.seed, source.name) for source in sources]
         self._orders: dict[tuple[int, int], ShuffledOrder] = {}
-        decisive: list[Any] = [settings.seed, settings.window, settings.shuffle_block, settings.shuffle_pool]
+        decisive: list[Any] = [_VERSION, settings.seed, settings.window, settings.shuffle_block, settings.shuffle_pool]
         decisive += [(s.name, s.weight, s.fingerprint) for s in sources]
         if settings.packing:  # then it also matters how long documents are
             groups = [hashlib.sha256(s.text_group.tobytes()).hexdigest() for s in sources]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -11,9 +12,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow
 import pytest
 import torch
+import webdataset
 from PIL import Image
+from pyarrow import parquet
 from safetensors.torch import save_file
 
 from mmar_megatron.data import shapes
@@ -89,12 +93,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number, scene in enumerate(scenes)
     ]
     (folder / "talks.json").write_text(json.dumps(talks))
+    others_collections(folder, captions=[scene.caption for scene in scenes])
     notes = [json.dumps({"text": paragraph}) for paragraph in GUIDE.read_text().split("\n\n")]
     (folder / "notes.jsonl").write_text("\n".join(notes))
     torch.save({"model": original("kl16").state_dict()}, folder / "kl16.ckpt")
     torch.save({"state_dict": original("sd").state_dict()}, folder / "sd.ckpt")
     save_file(original("flux").state_dict(), folder / "ae.safetensors")
     return folder
+
+
+def others_collections(folder: Path, *, captions: list[str]) -> None:
+    """The same pictures in the forms in which data sets are handed around."""
+    pictures = [(folder / "pictures" / f"{number:04d}.png").read_bytes() for number in range(len(captions))]
+    (folder / "cc12m").mkdir()
+    with webdataset.TarWriter(str(folder / "cc12m" / "00000.tar")) as tar:
+        for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+            tar.write({"__key__": f"{number:05d}", "png": picture, "txt": caption})
+    with (folder / "list.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file", "caption", "caption_zh"])
+        rows.writerows([f"pictures/{number:04d}.png", caption, "图"] for number, caption in enumerate(captions))
+    table = {"id": range(len(captions)), "image": pictures, "text1": captions, "text2": captions}
+    parquet.write_table(pyarrow.table({name: list(values) for name, values in table.items()}), folder / "train-0.parquet")
+    shutil.copy(folder / "talks.json", folder / "llava.json")
+    (folder / "coco").mkdir()
+    (folder / "coco" / "train2017").symlink_to(folder / "pictures")
+    (folder / "books-0.jsonl").write_text(json.dumps({"text": " ".join(captions)}))
 
 
 def run(command: str, *, folder: Path, environment: dict[str, str]) -> str:
