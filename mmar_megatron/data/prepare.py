@@ -161,7 +161,9 @@ class Preparation:
         texts, used, total = training_texts(unfinished, plan)
         some = "" if used == total else f", of {used:,} of the {total:,} training records, evenly spread"
         self._say(f"training a tokenizer on {len(texts):,} texts{some}")
-        (unfinished.data / TOKENIZER_NAME).write_bytes(train_sentencepiece(texts, vocab_size=self.recipe.vocab_size))
+        (unfinished.data / TOKENIZER_NAME).write_bytes(
+            train_sentencepiece(texts, vocab_size=self.recipe.vocab_size, or_fewer=True)
+        )
 
     def _write(self, unfinished: Unfinished, plan: Plan) -> None:
         """Makes this rank's shards; when it returns on rank 0, all ranks have made theirs."""

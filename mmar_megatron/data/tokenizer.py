@@ -137,7 +137,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ValueError(f"{file} is not a {kind.__name__.removesuffix('Tokenizer')} tokenizer: {error}") from error
 
 
-def train_sentencepiece(texts: Sequence[str], *, vocab_size: int) -> bytes:
+def train_sentencepiece(texts: Sequence[str], *, vocab_size: int, or_fewer: bool = False) -> bytes:
     """Trains a BPE model with byte fallback, so that nothing is out of vocabulary and `decode(encode(text)) == text`.
 
     BPE and not unigram: on captions with few distinct words, SentencePiece's unigram trainer, which finds its pieces as
@@ -146,13 +146,14 @@ def train_sentencepiece(texts: Sequence[str], *, vocab_size: int) -> bytes:
     Args:
         texts: one caption each.
         vocab_size: number of pieces, with 256 bytes and the special tokens.
+        or_fewer: whether to do with as many as there are in the texts, where these are too few for so many.
 
     Returns:
         The content of a `tokenizer.model`; the same for the same arguments.
 
     Raises:
         ValueError: `vocab_size` has no room for the bytes, the special tokens and the characters of `texts`, or is more than
-            there are pieces in them.
+            there are pieces in them (but for `or_fewer`).
     """
     characters = set("".join(texts)) | {" "}
     smallest = 256 + 1 + len(SPECIAL_TOKENS) + len(characters)
@@ -166,6 +167,7 @@ def train_sentencepiece(texts: Sequence[str], *, vocab_size: int) -> bytes:
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
+            hard_vocab_limit=not or_fewer,
             byte_fallback=True,
             character_coverage=1.0,
             normalization_rule_name="identity",

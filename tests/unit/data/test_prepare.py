@@ -232,8 +232,8 @@ def test_other_settings_or_inputs_are_not_gone_on_with(
 
 
 def test_what_comes_after_looking_may_change_until_it_is_planned(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="too large for these texts"):
-        prepare(tmp_path / "out", source(folder), tokenizer=None, vocab_size=5000, **RULES)
+    with pytest.raises(ValueError, match="too small for these texts"):
+        prepare(tmp_path / "out", source(folder), tokenizer=None, vocab_size=200, **RULES)
     lines: list[str] = []
     report = prepare(tmp_path / "out", source(folder), tokenizer=None, vocab_size=290, lines=lines, **RULES)
     assert report.vocab_size == 290

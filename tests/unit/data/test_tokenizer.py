@@ -4,7 +4,7 @@ import pytest
 import tokenizers
 
 from mmar_megatron.data import shapes
-from mmar_megatron.data.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer, train_sentencepiece
+from mmar_megatron.data.tokenizer import SPECIAL_TOKENS, SentencePieceTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
 
 CAPTIONS = [scene.caption for scene in shapes.draw_scenes(500, split="train", seed=0)]
 
@@ -75,6 +75,16 @@ def test_what_a_foreign_one_lacks_is_appended(foreign_file: Path) -> None:
 
 def test_training_is_reproducible(trained: Tokenizer) -> None:
     assert train_sentencepiece(CAPTIONS, vocab_size=400) == train_sentencepiece(CAPTIONS, vocab_size=400)
+
+
+def test_as_many_pieces_as_there_are() -> None:
+    enough = train_sentencepiece(CAPTIONS, vocab_size=400, or_fewer=True)
+    assert SentencePieceTokenizer(enough).encode(CAPTIONS[0]) == SentencePieceTokenizer(
+        train_sentencepiece(CAPTIONS, vocab_size=400)
+    ).encode(CAPTIONS[0])
+    fewer = SentencePieceTokenizer(train_sentencepiece(CAPTIONS, vocab_size=100_000, or_fewer=True))
+    assert 400 < fewer.vocab_size < 100_000
+    assert [fewer.decode(fewer.encode(text)) for text in CAPTIONS] == list(CAPTIONS)
 
 
 @pytest.mark.parametrize("vocab_size", [200, 100_000])
