@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -221,6 +221,10 @@ class ShardReader:
         sample_id = self.ids.start + number
         shard = self.index.shards[bisect_right(self._starts, sample_id) - 1]
         return shard.name, int(self.index.offset[sample_id]), int(self.index.size[sample_id])
+
+    def read_ahead(self, numbers: Iterable[int]) -> None:
+        """A hint: these samples are going to be read, about in this order."""
+        self._storage.read_ahead(self.place(number) for number in numbers if number not in self._cache)
 
     def metadata(self, number: int) -> dict[str, Any]:
         """What the tar says of the sample with this number within the split, mostly without reading its pictures.
