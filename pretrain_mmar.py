@@ -15,15 +15,14 @@ from contextlib import contextmanager
 from mmar_megatron import parallel, platform
 from mmar_megatron.config import CommandLine, Config, parse_command_line
 from mmar_megatron.config_checks import validate_world
-from mmar_megatron.data.loader import DataSource
+from mmar_megatron.data.index import BadDataError
 from mmar_megatron.data.prepare import ensure_data
-from mmar_megatron.data.shards import BadDataError
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.parallel import ParallelGroups
-from mmar_megatron.scaling.expected import labels_per_caption
+from mmar_megatron.scaling.expected import RowMeans
 from mmar_megatron.scaling.plan import plan
 from mmar_megatron.scaling.split import split_pipeline
-from mmar_megatron.training.building import build_engine
+from mmar_megatron.training.building import build_engine, open_source
 from mmar_megatron.training.guard import TooManyBadSteps
 from mmar_megatron.training.saving import SaveError
 from mmar_megatron.training.trainer import Trainer
@@ -70,21 +69,21 @@ def build(command: CommandLine, *, groups: ParallelGroups, watchdog: Watchdog) -
 
     with groups.main_process_first():
         ensure_data(config.data)
-    source = DataSource(config.data)
+    source = open_source(config)
     config = split_pipeline(config, source)
     engine = build_engine(config, source=source, groups=groups)
-    return Trainer(command, engine=engine, groups=groups, watchdog=watchdog)
+    return Trainer(command, engine=engine, source=source, groups=groups, watchdog=watchdog)
 
 
 def print_plan(config: Config) -> None:
     """What the run would need: parameters and memory of each stage, operations of a step. Any layout, in one process."""
     ensure_data(config.data)
-    source = DataSource(config.data)
+    source = open_source(config)
     planned = plan(
         split_pipeline(config, source),
         geometry=ImageGeometry.of(source.codec),
         vocab_size=source.tokenizer.vocab_size,
-        labels_per_caption=labels_per_caption(source),
+        rows=RowMeans.of(source, seed=config.seed),
         world_size=platform.world_size() if platform.launched() else None,
     )
     print(planned.table())

@@ -131,25 +131,57 @@ class MaskRatioConfig:
 
 
 @dataclass(kw_only=True)
+class SourceConfig:
+    """One of several data sets."""
+
+    path: str
+    """A directory made by `tools/prepare_data.py`, or the URL of one."""
+    weight: float = 1.0
+    """Share of the documents that come from here, relative to the other sources'."""
+    tasks: TaskConfig | None = None
+    """None: `data.tasks`."""
+
+
+@dataclass(kw_only=True)
 class DataConfig:
     """What is read, and how samples become sequences."""
 
     path: str = "data/shapes"
-    """A directory made by `tools/prepare_data.py`: tars and index.json."""
+    """A directory made by `tools/prepare_data.py`, or the URL of one (s3://, gs://, https://): tars and index."""
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """Several such data sets by name, to be mixed; `path` is then not read."""
+    validation_source: str | None = None
+    """Of the sources, the one whose held-out samples validate; none: the first."""
     generate: Literal["shapes"] | None = None
     """Make this data set at `path` if nothing is there yet."""
     tokenizer: str | None = None
     """SentencePiece model, or directory or tokenizer.json of Hugging Face; none: the `tokenizer.model` beside the index."""
     codec: CodecConfig = field(default_factory=CodecConfig)
     sequence_length: int = 128
+    packing: bool = False
+    """Put as many documents into each sequence as fit; else one."""
+    packing_window: int = 4096
+    """Documents that are planned, and packed, together."""
     tasks: TaskConfig = field(default_factory=TaskConfig)
     mask_ratio: MaskRatioConfig = field(default_factory=MaskRatioConfig)
     caption_dropout: float = 0.1
     """Share of text-to-image samples whose caption is dropped, for classifier-free guidance."""
+    horizontal_flip: float = 0.0
+    """Share of samples whose pictures are mirrored; where captions say left and right, 0."""
     languages: list[str] = field(default_factory=lambda: ["en"])
     """One caption is drawn from these, in each epoch anew."""
+    shuffle_block: int = 64
+    """Neighbouring samples that are read in about the same time."""
+    shuffle_pool: int = 16384
+    """Samples, of as many such blocks as it takes, among which the order is random; a multiple of `shuffle_block`."""
     num_workers: int = 1
     """Loader processes on each rank; 0 loads in the training process."""
+    read_ahead: int = 2
+    """Microbatches of each worker whose bytes are fetched in advance, where the data are not on local disks."""
+    cache_dir: str | None = None
+    """Keep what was fetched from a URL here, for all processes of the machine."""
+    cache_gb: float = 50.0
+    """Size of that cache."""
     max_bad_fraction: float = 0.01
     """Stop when more than this share of the samples read cannot be decoded."""
 

@@ -20,16 +20,23 @@ AT_LEAST_ONE = (
     *("train.steps", "train.micro_batch_size", "train.global_batch_size", "train.log_every"),
     "train.spike_window",
     *("validation.samples", "validation.timesteps", "preview.images", "preview.rounds", "preview.sampling_steps"),
-    "checkpoint.max_in_flight",
+    *("checkpoint.max_in_flight", "data.packing_window", "data.shuffle_block", "data.shuffle_pool"),
 )
 NOT_NEGATIVE = (
+    *("data.read_ahead", "data.cache_gb"),
     *("seed", "data.num_workers", "validation.every", "preview.every", "checkpoint.every", "model.alignment_loss_weight"),
     *("checkpoint.keep_last", "checkpoint.keep_every"),
     *("data.tasks.text_to_image", "data.tasks.image_to_text", "data.tasks.image_only"),
     *("train.max_bad_steps", "train.spike_zscore", "train.hang_timeout_s"),
     *("optimizer.lr", "optimizer.min_lr", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_grad"),
 )
-SHARES = ("data.mask_ratio.minimum", "data.caption_dropout", "data.max_bad_fraction", "optimizer.ema_decay")
+SHARES = (
+    "data.mask_ratio.minimum",
+    "data.caption_dropout",
+    "data.horizontal_flip",
+    "data.max_bad_fraction",
+    "optimizer.ema_decay",
+)
 NOT_EMPTY = ("data.languages", "validation.mask_ratios")
 NOT_OURS = {
     "normalization": ("RMSNorm", "the backbone's norm is RMSNorm"),
@@ -185,12 +192,35 @@ def _check_pipeline(cfg: Namespace) -> None:
 def _check_data(cfg: Namespace) -> None:
     data = cfg.data
     _check_codec(cfg)
-    tasks = data.tasks
-    _require(tasks.text_to_image + tasks.image_to_text + tasks.image_only > 0, "data.tasks are all 0: make one of them positive.")
+    _divides(cfg, "data.shuffle_pool", "data.shuffle_block")
+    _check_tasks("data.tasks", data.tasks)
+    _check_sources(data)
     _require(data.mask_ratio.std > 0, f"data.mask_ratio.std is {data.mask_ratio.std}: it must be above 0.")
     _require(
         all(0 < ratio <= 1 for ratio in cfg.validation.mask_ratios),
         f"validation.mask_ratios are shares above 0 and up to 1, not {cfg.validation.mask_ratios}: change them.",
+    )
+
+
+def _check_tasks(option: str, tasks: Namespace) -> None:
+    _require(tasks.text_to_image + tasks.image_to_text + tasks.image_only > 0, f"{option} are all 0: make one of them positive.")
+
+
+def _check_sources(data: Namespace) -> None:
+    sources = data.sources
+    for name, source in sources.items():
+        _require(
+            source.weight > 0, f"data.sources.{name}.weight is {source.weight}: it must be above 0, or leave the source out."
+        )
+        if source.tasks is not None:
+            _check_tasks(f"data.sources.{name}.tasks", source.tasks)
+    _require(
+        not sources or data.generate is None,
+        "data.generate makes the data set at data.path, which is not read where there are data.sources: leave out one of them.",
+    )
+    _require(
+        data.validation_source is None or data.validation_source in sources,
+        f"data.validation_source {data.validation_source} is none of data.sources {sorted(sources)}: change it.",
     )
 
 

@@ -2,10 +2,14 @@
 
     python tools/benchmark.py step --variant "--optimizer.ema_decay 0.9999" --config examples/configs/tiny.yaml
     torchrun --nproc_per_node 8 tools/benchmark.py save --config my.yaml
+    python tools/benchmark.py loader --config examples/configs/tiny.yaml --data.sequence_length 512
+    python tools/benchmark.py index --samples 10000000 --config my.yaml
 
 `step` trains two engines that differ in the options of the variant, one step of each in turn, on the same microbatches. `save`
-writes checkpoints in the foreground and in the background in turn, and tells for how long training waits. All other options are
-those of pretrain_mmar.py. Prints one JSON object: medians over the rounds, and the quartiles of ratios.
+writes checkpoints in the foreground and in the background in turn, and tells for how long training waits. `loader` reads the same
+tars in their order by webdataset and in random order by this program, makes whole microbatches of them, and trains on one, in
+turn. `index` opens the index of a data set that is not there, and plans. All other options are those of pretrain_mmar.py. Prints
+one JSON object: medians over the rounds, and the quartiles of ratios.
 """
 
 from __future__ import annotations
@@ -13,39 +17,31 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import shutil
-import statistics
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mmar_megatron import parallel, platform
-from mmar_megatron.config import CheckpointConfig, Config, parse_command_line
-from mmar_megatron.config_checks import validate_world
-from mmar_megatron.data.batch import Batch
-from mmar_megatron.data.loader import DataSource
-from mmar_megatron.data.prepare import ensure_data
-from mmar_megatron.engine.native import NativeEngine
-from mmar_megatron.parallel import ParallelGroups
-from mmar_megatron.scaling.split import split_pipeline
-from mmar_megatron.training import checkpoint
-from mmar_megatron.training.building import build_engine, build_loader
-from mmar_megatron.training.checkpoint import Progress
-from mmar_megatron.training.saving import CheckpointWriter
-
-WARM_UP = 3
+from mmar_megatron.benchmarks.indexing import measure_index
+from mmar_megatron.benchmarks.loading import compare_loaders
+from mmar_megatron.benchmarks.training import compare_saves, compare_steps
 
 
 def main(argv: list[str]) -> None:
     """One benchmark."""
+    args, options = build_parser().parse_known_args(argv)
+    try:
+        found = args.run(args, options)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        print(json.dumps({"device": platform.device_name(), "rounds": args.rounds, **platform.versions(), **found}))
+    parallel.leave()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; what it does not know is for pretrain_mmar.py's."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -56,121 +52,19 @@ def main(argv: list[str]) -> None:
     save = kinds.add_parser("save", help="for how long a checkpoint holds up training, in the foreground and in the background")
     save.add_argument("--directory", type=Path, help="on the storage to be measured (default: the system's temporary one)")
     save.set_defaults(run=lambda args, options: compare_saves(options, directory=args.directory, rounds=args.rounds))
-    for kind in (step, save):
-        kind.add_argument("--rounds", type=int, default=20, help="of which medians are taken (default 20)")
-    args, options = parser.parse_known_args(argv)
-    try:
-        found = args.run(args, options)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    if torch.distributed.get_rank() == 0:
-        print(json.dumps({"device": platform.device_name(), "rounds": args.rounds, **platform.versions(), **found}))
-    parallel.leave()
-
-
-def compare_steps(options: Sequence[str], *, variant: Sequence[str], rounds: int) -> dict[str, Any]:
-    """Seconds of a step as configured and with the options of the variant too, and their ratio."""
-    config, other = (parse_command_line([*options, *more]).config for more in ((), variant))
-    if other.parallel != config.parallel or other.data != config.data:
-        raise ValueError("The variant changes layout or data: such runs are compared in two runs, by tools/plot_run.py.")
-    config, source, groups = prepare(config)
-    engines = [build_engine(c, source=source, groups=groups) for c in (config, split_pipeline(other, source))]
-    microbatches = one_step_of_data(config, groups=groups)
-
-    def step(engine: NativeEngine) -> None:
-        engine.train_step(microbatches, learning_rate=config.optimizer.lr)
-
-    base_s, variant_s = in_turn([partial(step, engine) for engine in engines], rounds=rounds)
-    return {"variant": shlex.join(variant), "step_s": median(base_s), "variant_step_s": median(variant_s)} | ratio(
-        variant_s, base_s
+    loader = kinds.add_parser("loader", help="samples a second, read in order and at random, and what a step takes of them")
+    loader.add_argument("--microbatches", type=int, default=50, help="of each way of reading, in each round (default 50)")
+    loader.add_argument("--cold", action="store_true", help="drop the shards from the system's cache before each turn")
+    loader.set_defaults(
+        run=lambda args, options: compare_loaders(options, microbatches=args.microbatches, cold=args.cold, rounds=args.rounds)
     )
-
-
-def compare_saves(options: Sequence[str], *, directory: Path | None, rounds: int) -> dict[str, Any]:
-    """Seconds for which `save` holds up training in both modes, the bytes of a checkpoint, and seconds to verify one."""
-    config, source, groups = prepare(parse_command_line(options).config)
-    engine = build_engine(config, source=source, groups=groups)
-    engine.train_step(one_step_of_data(config, groups=groups), learning_rate=config.optimizer.lr)
-    shared = [tempfile.mkdtemp(prefix="benchmark-", dir=directory) if torch.distributed.get_rank() == 0 else None]
-    torch.distributed.broadcast_object_list(shared, group=groups.control)
-    run_dir = Path(str(shared[0]))
-    writers = [
-        CheckpointWriter(
-            CheckpointConfig(async_save=background, on_failure="stop"),
-            run_dir=run_dir,
-            config_yaml="{}",
-            groups=groups,
-            say=print,
-        )
-        for background in (False, True)
-    ]
-
-    def save(writer: CheckpointWriter) -> None:
-        writer.save(engine, progress=Progress(step=1))
-
-    try:
-        foreground_s, background_s = in_turn([partial(save, writer) for writer in writers], rounds=rounds, after=writers[1].flush)
-        path = checkpoint.directory(run_dir, step=1)
-        (verify_s,) = in_turn([partial(checkpoint.problems, path, groups=groups)], rounds=rounds)
-        size = sum(file.stat().st_size for file in path.iterdir())
-    finally:
-        torch.distributed.barrier(group=groups.control)
-        if torch.distributed.get_rank() == 0:
-            shutil.rmtree(run_dir)
-    seconds = {"foreground_s": median(foreground_s), "background_s": median(background_s), "verify_s": median(verify_s)}
-    return {"bytes": size, **seconds, **ratio(background_s, foreground_s)}
-
-
-def prepare(config: Config) -> tuple[Config, DataSource, ParallelGroups]:
-    """Groups and data of a configuration, and it with its pipeline split."""
-    validate_world(config, world_size=platform.world_size())
-    groups = parallel.initialize(config.parallel)
-    platform.seed_everything(config.seed, tensor_rank=groups.tensor.rank())
-    with groups.main_process_first():
-        ensure_data(config.data)
-    source = DataSource(config.data)
-    return split_pipeline(config, source), source, groups
-
-
-def one_step_of_data(config: Config, *, groups: ParallelGroups) -> list[Batch]:
-    """This rank's microbatches of the first step."""
-    train = config.train
-    loader = build_loader(replace(config, data=replace(config.data, num_workers=0)), groups=groups)
-    return list(islice(loader, train.global_batch_size // (train.micro_batch_size * groups.data.size())))
-
-
-def in_turn(
-    actions: Sequence[Callable[[], object]], *, rounds: int, after: Callable[[], object] = lambda: None
-) -> list[list[float]]:
-    """Seconds of each action in each round; the first action of a round changes from one to the next.
-
-    Args:
-        after: each action, and not counted.
-    """
-    seconds: list[list[float]] = [[] for _ in actions]
-    for number in range(-WARM_UP, rounds):
-        order = list(range(len(actions)))
-        for which in order[number % len(order) :] + order[: number % len(order)]:
-            platform.synchronize()
-            start = time.perf_counter()
-            actions[which]()
-            platform.synchronize()
-            if number >= 0:
-                seconds[which].append(time.perf_counter() - start)
-            after()
-    return seconds
-
-
-def median(values: Sequence[float]) -> float:
-    """To four digits."""
-    return float(f"{statistics.median(values):.4g}")
-
-
-def ratio(values: Sequence[float], to: Sequence[float]) -> dict[str, Any]:
-    """Median and quartiles of the ratios within a round."""
-    ratios = [value / base for value, base in zip(values, to, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
-    return {"ratio": round(statistics.median(ratios), 4), "ratio_quartiles": [round(low, 4), round(high, 4)]}
+    index = kinds.add_parser("index", help="opening the index of many samples, planning, and how the order moves over the shards")
+    index.add_argument("--samples", type=int, default=10_000_000, help="in the index (default 10,000,000)")
+    index.set_defaults(run=lambda args, options: measure_index(options, samples=args.samples, windows=args.rounds))
+    for kind, rounds in ((step, 20), (save, 20), (loader, 20), (index, 100)):
+        of = "windows that are planned" if kind is index else "of which medians are taken"
+        kind.add_argument("--rounds", type=int, default=rounds, help=f"{of} (default {rounds})")
+    return parser
 
 
 if __name__ == "__main__":

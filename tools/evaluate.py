@@ -18,8 +18,8 @@ import numpy as np
 
 from mmar_megatron import parallel, platform
 from mmar_megatron.config import Config, parse_command_line
-from mmar_megatron.data.loader import DataSource
 from mmar_megatron.data.shards import Sample
+from mmar_megatron.data.source import DataSource
 from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.evaluation.scores import TARGETS, loss_scores, missed, shape_scores, table
 from mmar_megatron.evaluation.sheet import write_sheet
@@ -27,7 +27,7 @@ from mmar_megatron.inference.images import ImageSampling, paint
 from mmar_megatron.inference.text import caption
 from mmar_megatron.parallel import ParallelGroups
 from mmar_megatron.training import checkpoint, manifest
-from mmar_megatron.training.building import build_engine
+from mmar_megatron.training.building import build_engine, open_source
 from mmar_megatron.training.metrics import read_metrics
 
 SHEET_IMAGES = 16
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
         guidance_scale=options.guidance_scale,
         seed=options.seed,
     )
-    data_set = source.index.made_by["source"]
+    data_set = source.validation_set.index.made_by["source"]
     samples = _held_out(source, options.images if data_set == "shapes" else SHEET_IMAGES, one_object=data_set == "shapes")
     captions = [source.captions(sample)[0] for sample in samples]
     with engine.evaluating():
@@ -105,7 +105,7 @@ def _one_process(config_yaml: Path) -> Config:
 def _load(config: Config, path: Path, *, average: bool) -> tuple[NativeEngine, DataSource, ParallelGroups]:
     groups = parallel.initialize(config.parallel)
     platform.seed_everything(config.seed, tensor_rank=0)
-    source = DataSource(config.data)
+    source = open_source(config)
     engine = build_engine(config, source=source, groups=groups)
     checkpoint.load_weights(engine, path, average=average)
     return engine, source, groups

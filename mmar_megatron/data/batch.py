@@ -1,13 +1,14 @@
-"""The one form in which data reaches the model: a microbatch of fixed shape.
+"""The one form in which data reaches the model: a microbatch, fixed in shape but for the number of its images.
 
-Axes: B sequences, S positions, M image slots (a fixed number for each microbatch; a slot may be empty), N tokens of an image,
-C channels of a token, R noise levels for each token (the timestep multiplier), F features of the alignment teacher.
+Axes: B sequences, S positions, K documents of the row that has most, M image slots (one at least, which may be empty), N tokens
+of an image, C channels of a token, R noise levels for each token (the timestep multiplier), F features of the alignment teacher.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,8 +47,8 @@ class Batch:
     teacher_MNF: Tensor | None = None
     """float32: features of a frozen vision model for clean images, where the shards hold them."""
 
-    sample_ids_B: Tensor
-    """int64: global id of the sample in each row (its index in the data set), for reports."""
+    sample_ids_BK: Tensor
+    """int64: id of the sample that each document was made of, for reports; -1 where a row has no further document."""
 
     @property
     def num_labels(self) -> Tensor:
@@ -77,6 +78,19 @@ class Batch:
         """Called by torch's DataLoader where the batch goes to a GPU."""
         return self._map(Tensor.pin_memory)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Each tensor that another process receives from a loader's worker costs a handshake for its shared memory: there is one.
+        tensors = {f.name: tensor for f in fields(self) if (tensor := getattr(self, f.name)) is not None}
+        wide_first = sorted(tensors, key=lambda name: -tensors[name].itemsize)  # so that all are aligned
+        together = torch.cat([tensors[name].contiguous().view(-1).view(torch.uint8) for name in wide_first])
+        return _separate, (together, [(name, tensors[name].dtype, tensors[name].shape) for name in wide_first])
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})
+
+
+def _separate(together: Tensor, parts: list[tuple[str, torch.dtype, torch.Size]]) -> Batch:
+    sizes = [dtype.itemsize * shape.numel() for _, dtype, shape in parts]
+    pieces = together.split(sizes)
+    return Batch(**{name: piece.view(dtype).view(shape) for (name, dtype, shape), piece in zip(parts, pieces, strict=True)})

@@ -1,20 +1,20 @@
 """All that is random in training data: a function of (seed, sample id, epoch) or of (seed, position), never of a rank.
 
-The training stream is endless. Position p of it belongs to epoch p // n, where n is the number of samples; each epoch visits each
-sample once, in its own order. Axes: N tokens of an image.
+What decides how long a document is (its source, task, caption) is drawn for thousands of documents at once, by hashing; the rest
+(masks, noise) by a generator for each document when it is made. Axes: N tokens of an image, P positions.
 """
 
 from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Mapping
-from itertools import accumulate
+import zlib
+from collections.abc import Sequence
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 if TYPE_CHECKING:
     from mmar_megatron.config import MaskRatioConfig
@@ -25,11 +25,20 @@ _ROUNDS = 8
 
 
 class Use(enum.IntEnum):
-    """What a generator is for: different uses of one sample are independent of each other."""
+    """What a draw is for: different uses of one sample are independent of each other."""
 
     TRAINING = 1
     VALIDATION = 2
     SHAPES = 3
+    LANGUAGE = 4
+    CAPTION = 5
+    DROPOUT = 6
+    ROWS = 7
+
+
+def source_seed(seed: int, name: str) -> int:
+    """The seed of one of several sources: samples with the same id in two of them are independent."""
+    return _mix(_mix(seed & _WORD) ^ zlib.crc32(name.encode()))
 
 
 def sample_generator(sample_id: int, *, seed: int, epoch: int, use: Use) -> np.random.Generator:
@@ -41,6 +50,13 @@ def sample_generator(sample_id: int, *, seed: int, epoch: int, use: Use) -> np.r
     return np.random.Generator(np.random.Philox(key=(seed & _WORD) << 64 | use, counter=epoch << 192 | sample_id << 128))
 
 
+def uniforms(sample_ids_P: ArrayLike, *, seed: int, epochs_P: ArrayLike, use: Use) -> NDArray[np.float64]:
+    """One number in [0, 1) for each (sample, epoch), float64 [P]."""
+    ids, epochs = (np.atleast_1d(np.asarray(values, dtype=np.uint64)) for values in (sample_ids_P, epochs_P))
+    key = np.uint64(_mix(_mix(seed & _WORD) + use * _GOLDEN & _WORD))
+    return _unit(_mix_array(_mix_array(ids + key) ^ _mix_array(epochs * np.uint64(_GOLDEN) + key)))
+
+
 def _mix(value: int) -> int:
     """The 64-bit finalizer of SplitMix64 (Steele, Lea and Flood 2014)."""
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _WORD
@@ -48,8 +64,20 @@ def _mix(value: int) -> int:
     return value ^ value >> 31
 
 
+def _mix_array(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The same for each of many."""
+    values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return values ^ values >> np.uint64(31)
+
+
+def _unit(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """64 bits -> [0, 1), by as many bits as a float holds."""
+    return (words >> np.uint64(11)) / 2.0**53
+
+
 class Permutation:
-    """A pseudo-random order of `size` samples, in constant memory.
+    """A pseudo-random order of `size` things, in constant memory.
 
     A Feistel network over pairs (left, right) with additions modulo ceil(sqrt(size)), and cycle walking where it leaves the
     range (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
@@ -57,36 +85,78 @@ class Permutation:
 
     def __init__(self, size: int, *, seed: int, epoch: int) -> None:
         self._size = size
-        self._side = math.isqrt(size - 1) + 1
+        self._side = np.uint64(math.isqrt(size - 1) + 1)
         key = _mix(_mix(seed & _WORD) + epoch & _WORD)
-        self._keys = [_mix(key + k * _GOLDEN & _WORD) for k in range(1, _ROUNDS + 1)]
+        self._keys = [np.uint64(_mix(key + k * _GOLDEN & _WORD)) for k in range(1, _ROUNDS + 1)]
 
-    def __len__(self) -> int:
-        return self._size
+    def __call__(self, indices_P: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which things come at these indices, both in [0, size)."""
+        assert len(indices_P) == 0 or 0 <= indices_P.min() <= indices_P.max() < self._size
+        found = self._once(indices_P.astype(np.uint64))
+        while (outside := found >= self._size).any():
+            found[outside] = self._once(found[outside])
+        return found.astype(np.int64)
 
-    def __getitem__(self, index: int) -> int:
-        """Which sample comes at `index`, both in [0, size)."""
-        if not 0 <= index < self._size:
-            raise IndexError(index)
-        while True:
-            left, right = divmod(index, self._side)
-            for key in self._keys:
-                left, right = right, (left + _mix(key ^ right)) % self._side
-            index = left * self._side + right
-            if index < self._size:
-                return index
+    def _once(self, indices: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        left, right = np.divmod(indices, self._side)
+        for key in self._keys:
+            left, right = right, (left + _mix_array(key ^ right) % self._side) % self._side
+        return left * self._side + right
 
 
-def draw_task(position: int, *, shares: Mapping[str, float], seed: int) -> str:
-    """The task at a position of the training stream, by its relative share.
+class ShuffledOrder:
+    """The order of one epoch: random, but such that near positions mostly read near bytes.
 
-    u = frac(offset(seed) + position / golden ratio) is a low-discrepancy sequence: of any G consecutive positions, be it a global
-    batch or one rank's microbatch, each task gets its share of G up to a few samples (the deviation grows as log G, where
-    independent draws would give sqrt G). It depends on the position alone, so not on the number of ranks.
+    Samples lie on the disk in blocks of neighbours. The blocks come in random order, and the samples of as many consecutive
+    blocks as make a pool are shuffled among each other: while a pool is read, so are few contiguous ranges. A data set no larger
+    than a pool is shuffled as a whole.
+
+    Args:
+        size: number of samples.
+        block: samples of a block; the last, if it is not full, ends the last pool.
+        pool: samples of a pool, a multiple of `block`.
     """
-    u = (_mix(seed & _WORD) + position * _GOLDEN & _WORD) >> 11  # 53 bits: as many as a float holds
-    scaled = u / 2**53 * sum(shares.values())
-    return next(task for task, upper in zip(shares, accumulate(shares.values()), strict=True) if scaled < upper)
+
+    def __init__(self, size: int, *, seed: int, epoch: int, block: int, pool: int) -> None:
+        self._size, self._block, self._pool = size, block, pool
+        self._seed, self._epoch = seed, epoch
+        self._blocks = Permutation(size // block, seed=seed, epoch=epoch) if size >= block else None
+
+    def __call__(self, positions_P: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which samples come at these positions, both in [0, size)."""
+        pools, places = np.divmod(positions_P, self._pool)
+        for pool in np.unique(pools):
+            members = pools == pool
+            places[members] = self._within(int(pool))(places[members])
+        blocks, offsets = np.divmod(pools * self._pool + places, self._block)
+        if self._blocks is not None:
+            full = blocks < self._size // self._block
+            blocks[full] = self._blocks(blocks[full])
+        return blocks * self._block + offsets
+
+    def _within(self, pool: int) -> Permutation:
+        size = min(self._pool, self._size - pool * self._pool)
+        return Permutation(size, seed=self._seed ^ _mix(pool + 1), epoch=self._epoch)
+
+
+def low_discrepancy(positions_P: NDArray[np.int64], *, seed: int) -> NDArray[np.float64]:
+    """u = frac(offset(seed) + position / golden ratio), float64 [P] in [0, 1).
+
+    Of any G consecutive positions, be it a global batch or one rank's microbatch, an interval of length w gets w G up to a few
+    (the deviation grows as log G, where independent draws would give sqrt G). It depends on the position alone, so not on the
+    number of ranks.
+    """
+    return _unit(positions_P.astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(_mix(seed & _WORD)))
+
+
+def choose(u_P: NDArray[np.float64], *, weights: Sequence[float]) -> NDArray[np.int64]:
+    """Which of several things each u in [0, 1) falls to, by their relative weights: int64 [P]."""
+    upper = np.cumsum(np.asarray(weights, dtype=np.float64))
+    return np.searchsorted(upper, u_P * upper[-1], side="right").clip(max=_last_positive(weights))
+
+
+def _last_positive(weights: Sequence[float]) -> int:
+    return max(i for i, weight in enumerate(weights) if weight > 0)
 
 
 def draw_mask_ratio(generator: np.random.Generator, config: MaskRatioConfig) -> float:

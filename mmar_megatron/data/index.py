@@ -139,6 +139,12 @@ class Index:
         return np.searchsorted(self._starts, ids, side="right") - 1
 
     @property
+    def fingerprint(self) -> str:
+        """Of the content: that of all shards and columns."""
+        sums = [shard.sha256 for shard in self.shards] + [self.columns[name]["sha256"] for name in COLUMNS]
+        return hashlib.sha256(" ".join(sums).encode()).hexdigest()
+
+    @property
     def starts(self) -> NDArray[np.int64]:
         """[shards + 1] id of each shard's first sample."""
         return self._starts

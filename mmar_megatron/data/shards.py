@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -222,10 +222,6 @@ class ShardReader:
         shard = self.index.shards[bisect_right(self._starts, sample_id) - 1]
         return shard.name, int(self.index.offset[sample_id]), int(self.index.size[sample_id])
 
-    def read_ahead(self, numbers: Iterable[int]) -> None:
-        """A hint: these samples are going to be read, about in this order."""
-        self._storage.read_ahead(self.place(number) for number in numbers if number not in self._cache)
-
     def metadata(self, number: int) -> dict[str, Any]:
         """What the tar says of the sample with this number within the split, mostly without reading its pictures.
 
@@ -255,6 +251,10 @@ class ShardReader:
                 self._cache[number] = sample
                 self._cache_room -= cost
         return sample
+
+    def read_ahead(self, numbers: Sequence[int]) -> None:
+        """A hint that these samples are read soon, in this order."""
+        self._storage.read_ahead([self.place(number) for number in numbers if number not in self._cache])
 
     def read_or_next(self, number: int, *, check: Callable[[Sample], object] = Sample.decode_pictures) -> tuple[Sample, int]:
         """The sample, or where it cannot be decoded the next one that can (cyclically), and how many were skipped.

@@ -110,7 +110,7 @@ class VAECodec:
         latents = model.encode(rearrange(pixels, "b h w c -> b c h w") / 127.5 - 1).latent_dist
         shift, scale = self._on_device(self._shift), self._on_device(self._scale)
         # diffusers has clipped the log-variance to [-30, 20].
-        of_tokens = (latents.mean - shift) * scale, latents.logvar + 2 * scale.log()
+        of_tokens = (latents.mean - shift) * scale, latents.logvar + 2 * scale.abs().log()
         return torch.stack([self._to_tokens(moment) for moment in of_tokens], dim=1).cpu().numpy()
 
     @torch.no_grad()
@@ -178,9 +178,8 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     advice = "give the directory of a diffusers AutoencoderKL (of Stable Diffusion, the one named vae)"
     if path.is_file():
-        raise ValueError(
-            f"{path} is a file: convert it with `python tools/convert_vae.py {path} --out DIR`, and give that directory"
-        )
+        command = f"python tools/convert_vae.py {path} --out DIR --scaling_factor SCALE"
+        raise ValueError(f"{path} is a file: convert it with `{command}`, and give that directory")
     if not path.is_dir():
         raise ValueError(f"there is no directory {path}: {advice}")
     file = path / CONFIG_NAME

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmar_megatron import platform
-from mmar_megatron.data.loader import DataSource
 from mmar_megatron.data.sequence import DocumentImage
+from mmar_megatron.data.source import DataSource
 from mmar_megatron.diffusion.parameterization import guide
 from mmar_megatron.diffusion.sampler import Sampler, SamplerKind
 from mmar_megatron.engine.base import Engine
@@ -125,7 +125,7 @@ def _draw_round(
         for half in ((prompts, [[] for _ in prompts]) if guided else (prompts,))
         for prompt, latents, masked in zip(half, latents_BNC, masked_BN, strict=True)
     ]
-    batch = source.assemble(documents, timestep_multiplier=1).to(platform.device())
+    batch = source.assemble([[document] for document in documents], timestep_multiplier=1).to(platform.device())
     h_SBD = engine.hidden_states(batch)
 
     count, channels = chosen_BK.shape[1], latents_BNC.shape[2]

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from mmar_megatron import platform
-from mmar_megatron.data.loader import DataSource
 from mmar_megatron.data.sequence import DocumentImage
+from mmar_megatron.data.source import DataSource
 from mmar_megatron.engine.base import Engine
 from mmar_megatron.parallel import ParallelGroups
 
@@ -36,7 +36,9 @@ def caption(
             )
             for text, x in zip(texts, latents, strict=True)
         ]
-        h_SBD = engine.hidden_states(source.assemble(documents, timestep_multiplier=1).to(platform.device()))
+        h_SBD = engine.hidden_states(
+            source.assemble([[document] for document in documents], timestep_multiplier=1).to(platform.device())
+        )
         next_B = torch.empty(len(texts), dtype=torch.int64, device=platform.device())
         if h_SBD is not None:
             model = engine.last_stage

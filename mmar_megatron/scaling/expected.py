@@ -5,10 +5,14 @@ N tokens of an image.
 
 from __future__ import annotations
 
-from statistics import NormalDist, fmean
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from statistics import NormalDist
+
+import numpy as np
 
 from mmar_megatron.config import Config, MaskRatioConfig
-from mmar_megatron.data.loader import DataSource
+from mmar_megatron.data.source import DataSource
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.model.mmar_model import padded_vocab_size
 from mmar_megatron.scaling.flops import ModelShape, StepCounts, StepFlops, step_flops
@@ -31,21 +35,52 @@ def expected_flops(config: Config, counts: StepCounts, *, geometry: ImageGeometr
     return step_flops(shape, counts)
 
 
-def expected_counts(config: Config, *, tokens_per_image: int, labels_per_caption: float) -> StepCounts:
-    """Rows that each part sees in an average step, from the configured shares of tasks and mask ratios.
+@dataclass(frozen=True, kw_only=True)
+class RowMeans:
+    """What an average row of the training stream holds."""
+
+    images: float
+    labels: float
+    """Text tokens to be learned."""
+    painted: float
+    """Images to be painted."""
+    filled: float
+    """Positions that hold a document."""
+    documents: float = 1.0
+    epochs: Mapping[str, float] = field(default_factory=dict)
+    """Of each source, by its name."""
+
+    @classmethod
+    def of(cls, source: DataSource, *, seed: int) -> RowMeans:
+        """Over the first window of the stream, from the index alone."""
+        window = source.planner(seed=seed).window(0, places={})
+        sums = {"images": window.images_D, "labels": window.labels_D, "painted": window.painted_D, "filled": window.length_D}
+        documents = np.bincount(window.source_D, minlength=len(source.sets)).tolist()
+        return cls(
+            **{name: float(of_documents.sum() / len(window.rows)) for name, of_documents in sums.items()},
+            documents=len(window.source_D) / len(window.rows),
+            epochs={
+                opened.name: number / opened.index.count("train") / len(window.rows)
+                for opened, number in zip(source.sets, documents, strict=True)
+            },
+        )
+
+
+def expected_counts(config: Config, *, tokens_per_image: int, rows: RowMeans) -> StepCounts:
+    """Rows that each part sees in an average step.
 
     Args:
         tokens_per_image: N.
-        labels_per_caption: text tokens to be learned in each image-to-text sample.
+        rows: what the data hold.
     """
-    tasks, samples = config.data.tasks, config.train.global_batch_size
-    captioned = tasks.image_to_text / (tasks.text_to_image + tasks.image_to_text + tasks.image_only)
+    sequences = config.train.global_batch_size
+    masked = rows.painted * expected_masked(config.data.mask_ratio, tokens_per_image=tokens_per_image)
     return StepCounts(
-        sequences=samples,
+        sequences=sequences,
         sequence_length=config.data.sequence_length,
-        images=samples,
-        labels=round(samples * captioned * labels_per_caption),
-        masked=round(samples * (1 - captioned) * expected_masked(config.data.mask_ratio, tokens_per_image=tokens_per_image)),
+        images=round(sequences * rows.images),
+        labels=round(sequences * rows.labels),
+        masked=round(sequences * masked),
     )
 
 
@@ -64,19 +99,3 @@ def _share_above(ratio: float, config: MaskRatioConfig) -> float:
         return (1 - ratio) / (1 - config.minimum)
     normal = NormalDist(config.mean, config.std)
     return (normal.cdf(1.0) - normal.cdf(ratio)) / (normal.cdf(1.0) - normal.cdf(config.minimum))
-
-
-def labels_per_caption(source: DataSource) -> float:
-    """Mean number of text tokens to be learned in an image-to-text sample of the training split, from the index alone.
-
-    As the loader draws: each sample, each configured language it has, and each caption in that are equally likely. A caption
-    that fits is learned with its <eos>; a longer one is cut, and has none.
-    """
-    longest = source.builder.max_text
-    means = []
-    for shard in source.index.shards:
-        if shard.split == "train":
-            for lengths in shard.caption_tokens:
-                of_languages = [lengths[language] for language in source.config.languages if language in lengths]
-                means.append(fmean(fmean(n + 1 if n <= longest else longest for n in captions) for captions in of_languages))
-    return fmean(means)

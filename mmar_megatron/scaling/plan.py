@@ -27,7 +27,7 @@ from mmar_megatron.config_checks import validate_world
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.model.mmar_model import MMARModel, build_model
 from mmar_megatron.parallel import ParallelGroups
-from mmar_megatron.scaling.expected import expected_counts, expected_flops
+from mmar_megatron.scaling.expected import RowMeans, expected_counts, expected_flops
 from mmar_megatron.scaling.flops import StepCounts, StepFlops
 from mmar_megatron.scaling.split import PipelineCosts, max_repeated_layers
 
@@ -98,6 +98,8 @@ class Plan:
     parameters: dict[str, int]
     """Of the whole model by part, each counted once, however many ranks hold it."""
     stages: tuple[Stage, ...]
+    rows: RowMeans
+    """What an average sequence holds."""
     counts: StepCounts
     """Expected rows of one step."""
     flops: StepFlops
@@ -114,8 +116,13 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Positions in one step, padding included, as `consumed_tokens` counts them."""
-        return self.counts.sequences * self.counts.sequence_length
+        """Positions in one step that hold a document, as `consumed_tokens` counts them."""
+        return round(self.counts.sequences * self.rows.filled)
+
+    @property
+    def documents(self) -> int:
+        """In one step, as `consumed_samples` counts them."""
+        return round(self.counts.sequences * self.rows.documents)
 
     def table(self) -> str:
         """All of it, to be read by a person."""
@@ -146,8 +153,9 @@ class Plan:
     def _step(self) -> list[str]:
         counts = self.counts
         return [
-            f"one step: {counts.sequences:,} samples of {counts.sequence_length:,} positions = {self.tokens:,} tokens, "
-            f"{self.microbatches:,} {'microbatch' if self.microbatches == 1 else 'microbatches'} on each data-parallel rank",
+            f"one step: {counts.sequences:,} sequences of {counts.sequence_length:,} positions, "
+            f"{self.rows.filled / counts.sequence_length:.1%} filled: {self.documents:,} samples, {self.tokens:,} tokens",
+            f"  {self.microbatches:,} {'microbatch' if self.microbatches == 1 else 'microbatches'} on each data-parallel rank",
             f"  expected to be learned: {counts.masked:,} masked image tokens, {counts.labels:,} text tokens",
         ]
 
@@ -167,20 +175,20 @@ class Plan:
         return _columns(rows)
 
     def _run(self) -> list[str]:
-        samples, flops = self.steps * self.counts.sequences, self.steps * self.flops.executed
-        return [f"the run: {self.steps:,} steps, {samples:,} samples, {self.steps * self.tokens:,} tokens, {flops:.3e} FLOPs"]
+        samples, tokens, flops = (self.steps * each for each in (self.documents, self.tokens, self.flops.executed))
+        lines = [f"the run: {self.steps:,} steps, {samples:,} samples, {tokens:,} tokens, {flops:.3e} FLOPs"]
+        sequences = self.steps * self.counts.sequences
+        return lines + [f"  {sequences * epochs:,.2f} epochs of {name}" for name, epochs in self.rows.epochs.items()]
 
 
-def plan(
-    config: Config, *, geometry: ImageGeometry, vocab_size: int, labels_per_caption: float, world_size: int | None = None
-) -> Plan:
+def plan(config: Config, *, geometry: ImageGeometry, vocab_size: int, rows: RowMeans, world_size: int | None = None) -> Plan:
     """Plan a run, in one process and without a launcher. No process group may exist yet; none is left.
 
     Args:
         config: the whole configuration, validated, and through `split_pipeline`.
         geometry: grid and channels of the image codec.
         vocab_size: of the tokenizer.
-        labels_per_caption: text tokens to be learned in each image-to-text sample; `labels_per_caption` measures it.
+        rows: what the data hold.
         world_size: processes of the job; none: one replica of the model.
 
     Raises:
@@ -194,7 +202,7 @@ def plan(
     data_parallel_size = world_size // replica
 
     tokens_per_image = geometry.grid_height * geometry.grid_width
-    counts = expected_counts(config, tokens_per_image=tokens_per_image, labels_per_caption=labels_per_caption)
+    counts = expected_counts(config, tokens_per_image=tokens_per_image, rows=rows)
     flops = expected_flops(config, counts, geometry=geometry, vocab_size=vocab_size)
     costs = PipelineCosts.of(config, flops)
 
@@ -230,6 +238,7 @@ def plan(
         dtype=config.precision.dtype,
         parameters=_by_part(whole_sizes),
         stages=tuple(stages),
+        rows=rows,
         counts=counts,
         flops=_with_recomputation(flops, backbone=config.model.backbone, stages=stages),
         microbatches=train.global_batch_size // (train.micro_batch_size * data_parallel_size),

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from mmar_megatron.config import Config, TransformerConfig
-from mmar_megatron.data.loader import DataSource
+from mmar_megatron.data.source import DataSource
 from mmar_megatron.model.image_geometry import ImageGeometry
-from mmar_megatron.scaling.expected import expected_counts, expected_flops, labels_per_caption
+from mmar_megatron.scaling.expected import RowMeans, expected_counts, expected_flops
 from mmar_megatron.scaling.flops import StepFlops
 
 
@@ -34,7 +34,7 @@ def split_pipeline(config: Config, source: DataSource) -> Config:
         counts = expected_counts(
             config,
             tokens_per_image=geometry.grid_height * geometry.grid_width,
-            labels_per_caption=labels_per_caption(source),
+            rows=RowMeans.of(source, seed=config.seed),
         )
         flops = expected_flops(config, counts, geometry=geometry, vocab_size=source.tokenizer.vocab_size)
         split = PipelineCosts.of(config, flops).balanced(config.model.backbone.num_layers)

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from mmar_megatron import platform
 from mmar_megatron.config import Config
-from mmar_megatron.data.loader import DataSource, TrainLoader
+from mmar_megatron.data.loader import TrainLoader
+from mmar_megatron.data.source import DataSource
+from mmar_megatron.data.stream import StreamState
 from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.model.mmar_model import build_model
 from mmar_megatron.parallel import ParallelGroups
+
+
+def open_source(config: Config) -> DataSource:
+    """The data, with the teacher's features where the model is aligned with them."""
+    source = DataSource(config.data, teacher=config.model.alignment_loss_weight > 0)
+    if source.teacher_features not in (0, config.model.alignment_features):
+        raise ValueError(
+            f"model.alignment_features is {config.model.alignment_features}, but the teacher's features in the data are "
+            f"{source.teacher_features} wide: change the former."
+        )
+    return source
 
 
 def build_engine(config: Config, *, source: DataSource, groups: ParallelGroups) -> NativeEngine:
@@ -23,16 +36,16 @@ def build_engine(config: Config, *, source: DataSource, groups: ParallelGroups) 
     return NativeEngine(config, chunks=model, groups=groups)
 
 
-def build_loader(config: Config, *, groups: ParallelGroups, start_sample: int = 0) -> TrainLoader:
-    """This rank's share of the training stream, from the sample on that follows `start_sample` others."""
+def build_loader(config: Config, *, source: DataSource, groups: ParallelGroups, state: StreamState | None = None) -> TrainLoader:
+    """This rank's share of the training stream, from where it was left on."""
     return TrainLoader(
-        config.data,
+        source,
         seed=config.seed,
         timestep_multiplier=config.model.head.timestep_multiplier,
         micro_batch_size=config.train.micro_batch_size,
         global_batch_size=config.train.global_batch_size,
         data_parallel_rank=groups.data.rank(),
         data_parallel_size=groups.data.size(),
-        start_sample=start_sample,
+        state=state,
         pin_memory=platform.HAS_CUDA,
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mmar_megatron import platform
+from mmar_megatron.data.stream import StreamState
 from mmar_megatron.engine.average import AVERAGE_PREFIX
 from mmar_megatron.engine.base import Engine
 from mmar_megatron.parallel import ParallelGroups
@@ -41,7 +42,8 @@ class Progress:
     """How far a run is: with model, optimizer and generators, all that a resumed run needs to know."""
 
     step: int = 0
-    consumed_samples: int = 0
+    stream: StreamState = field(default_factory=StreamState)
+    """Where the data stand, and how much of them was consumed."""
     skipped_steps: int = 0
     bad_steps_in_a_row: int = 0
     """Of the skipped steps, those up to here without a good one between."""
@@ -221,7 +223,7 @@ def load(engine: Engine, path: Path, *, groups: ParallelGroups) -> Progress:
     engine.load_state_dict(loaded)
     if same_layout:
         platform.set_rng_state(loaded["generators"])
-    return Progress(**loaded["progress"])
+    return Progress(**{**loaded["progress"], "stream": StreamState(**loaded["progress"]["stream"])})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from heapq import nlargest
 from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
 
 from mmar_megatron import platform
 from mmar_megatron.data.batch import Batch
@@ -36,23 +35,24 @@ class Incidents:
         run_dir: the run's directory.
         resume_step: of the checkpoint that is continued, 0 at the beginning; what was written of later steps is dropped.
         groups: process groups.
+        name_of: what a sample is called, by its id in `Batch.sample_ids_BK`.
     """
 
-    def __init__(self, run_dir: Path, *, resume_step: int, groups: ParallelGroups) -> None:
-        self._run_dir, self._groups = run_dir, groups
+    def __init__(self, run_dir: Path, *, resume_step: int, groups: ParallelGroups, name_of: Callable[[int], str]) -> None:
+        self._run_dir, self._groups, self._name_of = run_dir, groups, name_of
         self._path = run_dir / INCIDENTS_FILE
         if groups.is_main:
             keep_until(self._path, resume_step)
 
     def report(self, reason: str, metrics: Metrics, *, microbatches: Sequence[Batch], step: int) -> str:
         """Write a skipped step down; returns the line that tells of it. All ranks call it together."""
-        ids = sample_ids(microbatches, groups=self._groups)
+        names = [self._name_of(i) for i in sample_ids(microbatches, groups=self._groups)]
         if self._groups.is_main:
-            row = {"step": step, "reason": reason, **finite_or_none(metrics), "sample_ids": ids}
+            row = {"step": step, "reason": reason, **finite_or_none(metrics), "samples": names}
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
-        more = f" and {len(ids) - _NAMED_SAMPLES} more" if len(ids) > _NAMED_SAMPLES else ""
-        named = ", ".join(map(str, ids[:_NAMED_SAMPLES]))
+        more = f" and {len(names) - _NAMED_SAMPLES} more" if len(names) > _NAMED_SAMPLES else ""
+        named = ", ".join(names[:_NAMED_SAMPLES])
         return f"step {step}: {reason}; the step is skipped (samples {named}{more}, see {self._path})"
 
     def diagnose(self, engine: Engine, *, microbatches: Sequence[Batch], progress: Progress) -> Path:
@@ -84,11 +84,10 @@ class Incidents:
 
 def sample_ids(microbatches: Sequence[Batch], *, groups: ParallelGroups) -> list[int]:
     """Ids of the samples of a step, those of all data-parallel ranks, in the order of the stream. All ranks call it together."""
-    ids_MB = torch.stack([batch.sample_ids_B for batch in microbatches]).to(platform.device())
-    gathered = [torch.empty_like(ids_MB) for _ in range(groups.data.size())]
-    torch.distributed.all_gather(gathered, ids_MB, group=groups.data)
-    ids: list[int] = rearrange(torch.stack(gathered), "ranks m b -> (m ranks b)").tolist()
-    return ids
+    own = [batch.sample_ids_BK.tolist() for batch in microbatches]
+    gathered: list[list[list[list[int]]]] = [[]] * groups.data.size()
+    torch.distributed.all_gather_object(gathered, own, group=groups.data)  # of as many documents as each row happens to have
+    return [i for microbatch in zip(*gathered, strict=True) for rows in microbatch for row in rows for i in row if i >= 0]
 
 
 def _health(engine: Engine) -> dict[str, Any]:

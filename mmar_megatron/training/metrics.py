@@ -28,7 +28,7 @@ Metrics = Mapping[str, float | None]
 CLOCKED = frozenset(
     {
         *("step_time_s", "samples_per_second", "tokens_per_second", "tflops_per_device", "mfu"),
-        *("rank_time_mean_s", "rank_time_max_s", "slowest_rank"),
+        *("rank_time_mean_s", "rank_time_max_s", "slowest_rank", "data_wait_share"),
     }
 )
 """Columns that a clock decides. All others are the same, to the last printed digit, however often a run was interrupted."""
@@ -191,7 +191,7 @@ class Throughput:
         finally:
             self._paused_s += self._clock() - start
 
-    def report(self) -> dict[str, float | None]:
+    def report(self) -> dict[str, Any]:
         """The averages since the last report, by their names in `metrics.jsonl`, and begins the next window."""
         assert self._steps > 0, "a report needs at least one counted step"
         seconds = self._clock() - self._start - self._paused_s

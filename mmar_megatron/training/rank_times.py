@@ -19,21 +19,30 @@ class RankTimes:
 
     def __init__(self, groups: ParallelGroups) -> None:
         self._control = groups.control
-        self._seconds = self._steps = 0.0
+        self._loading_s = self._work_s = 0.0
+        self._steps = 0
 
-    def count(self, seconds: float) -> None:
-        """Adds a step of this rank."""
-        self._seconds += seconds
+    def count(self, *, loading_s: float, work_s: float) -> None:
+        """Adds a step of this rank: its wait for data, and its passes."""
+        self._loading_s += loading_s
+        self._work_s += work_s
         self._steps += 1
 
-    def report(self) -> dict[str, float]:
-        """By their names in `metrics.jsonl`, averaged since the last report. All ranks call it together."""
-        own = torch.tensor([self._seconds / self._steps])
+    def report(self, *, step_time_s: float) -> dict[str, float]:
+        """By their names in `metrics.jsonl`, averaged since the last report. All ranks call it together.
+
+        Args:
+            step_time_s: mean time of a whole step, of which the longest wait for data is given as a share.
+        """
+        own = torch.tensor([self._loading_s, self._work_s]) / self._steps
         of_ranks = [torch.empty_like(own) for _ in range(self._control.size())]
         torch.distributed.all_gather(of_ranks, own, group=self._control)
-        times = torch.cat(of_ranks)
-        self._seconds = self._steps = 0.0
+        loading, work = torch.stack(of_ranks, dim=1)
+        times = loading + work
+        self._loading_s = self._work_s = 0.0
+        self._steps = 0
         return {
+            "data_wait_share": float(loading.max()) / step_time_s,
             "rank_time_mean_s": float(times.mean()),
             "rank_time_max_s": float(times.max()),
             "slowest_rank": int(times.argmax()),

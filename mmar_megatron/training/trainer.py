@@ -16,6 +16,7 @@ from torch import Tensor
 from mmar_megatron import platform
 from mmar_megatron.config import CommandLine
 from mmar_megatron.data.batch import Batch
+from mmar_megatron.data.source import DataSource
 from mmar_megatron.engine.base import Counts, Engine, StepResult
 from mmar_megatron.engine.optimizer import learning_rate
 from mmar_megatron.model.losses import NUM_BUCKETS, LossSums
@@ -42,11 +43,14 @@ class Trainer:
     Args:
         command: configuration, and the text of it that is kept with the run.
         engine: holds model and optimizer.
+        source: the opened data.
         groups: process groups.
         watchdog: is told of each thing that may take long.
     """
 
-    def __init__(self, command: CommandLine, *, engine: Engine, groups: ParallelGroups, watchdog: Watchdog) -> None:
+    def __init__(
+        self, command: CommandLine, *, engine: Engine, source: DataSource, groups: ParallelGroups, watchdog: Watchdog
+    ) -> None:
         config = command.config
         self.config, self.engine, self.groups, self.watchdog = config, engine, groups, watchdog
         self.config_yaml = command.yaml
@@ -55,15 +59,16 @@ class Trainer:
         self.checkpoints = CheckpointWriter(
             config.checkpoint, run_dir=self.run_dir, config_yaml=self.config_yaml, groups=groups, say=self._say
         )
-        self._counted = self.progress.step
-        self._bad_images = 0
-        self.incidents = Incidents(self.run_dir, resume_step=self.progress.step, groups=groups)
+        self._counted = self.progress
+        self._bad_samples = 0
+        self.incidents = Incidents(self.run_dir, resume_step=self.progress.step, groups=groups, name_of=source.name_of)
         self.rank_times = RankTimes(groups)
-        self.loader = build_loader(config, groups=groups, start_sample=self.progress.consumed_samples)
-        source = self.loader.source
-        if config.model.alignment_loss_weight > 0 and source.assemble([None], timestep_multiplier=1).teacher_MNF is None:
-            raise ValueError(f"{config.data.path} holds no teacher features: set model.alignment_loss_weight to 0.")
-        self.validation = Validation(config, groups=groups) if config.validation.every else None
+        self.loader = build_loader(config, source=source, groups=groups, state=self.progress.stream)
+        if self.loader.again:
+            self._say(
+                f"the settings of the data have changed: the last {self.loader.again} rows' window of documents is read anew"
+            )
+        self.validation = Validation(config, source=source, groups=groups) if config.validation.every else None
         self.previews = Previews(config.preview, source=source, groups=groups, seed=config.seed) if config.preview.every else None
         self.shape = ModelShape.of(
             config.model,
@@ -108,13 +113,14 @@ class Trainer:
                 if validate or step % config.train.log_every == 0 or step == total:
                     metrics = self._metrics(result, learning_rate=rate)
                     self._count(throughput, counts_in_window)
-                    metrics |= throughput.report() | self.rank_times.report()
+                    rates = throughput.report()
+                    metrics |= rates | self.rank_times.report(step_time_s=rates["step_time_s"])
                     with throughput.paused():
                         metrics |= self._validate() if validate and stop is None else {}
                         writer.write(metrics, step=step)
-                        writer.scalars(_bucket_scalars(result.sums), step=step)
+                        writer.scalars(_bucket_scalars(result.sums) | self._epochs(), step=step)
                     self._say(line.line(metrics, step=step))
-                    self._report_bad_images()
+                    self._report_bad_samples()
                 with throughput.paused():
                     if preview and stop is None:
                         self._preview(writer)
@@ -149,7 +155,7 @@ class Trainer:
         self.watchdog.beat(f"step {step}")
         verdict = partial(judge, recent_losses=self.progress.recent_losses, config=self.config.train)
         result = self.engine.train_step(microbatches, learning_rate=learning_rate, judge=verdict)
-        self.rank_times.count(loading_s + result.work_s)
+        self.rank_times.count(loading_s=loading_s, work_s=result.work_s)
         self._advance(result)
         if result.skipped is not None:
             figures = self._figures(result, learning_rate=learning_rate)
@@ -162,11 +168,13 @@ class Trainer:
 
     def _advance(self, result: StepResult) -> None:
         before, bad = self.progress, result.skipped is not None
+        positions = self.config.train.global_batch_size * self.config.data.sequence_length
+        self._filled = (self.loader.state.tokens - before.stream.tokens) / positions
         losses = before.recent_losses if bad else (*before.recent_losses, result.loss)
         self.progress = replace(
             before,
             step=before.step + 1,
-            consumed_samples=before.consumed_samples + self.config.train.global_batch_size,
+            stream=self.loader.state,
             skipped_steps=before.skipped_steps + bad,
             bad_steps_in_a_row=before.bad_steps_in_a_row + 1 if bad else 0,
             recent_losses=losses[-self.config.train.spike_window :],
@@ -191,11 +199,17 @@ class Trainer:
     def _metrics(self, result: StepResult, *, learning_rate: float) -> dict[str, float | None]:
         """Of this one step, so that a resumed run prints what an uninterrupted one does."""
         return {
-            "consumed_samples": self.progress.consumed_samples,
-            "consumed_tokens": self.progress.consumed_samples * self.config.data.sequence_length,
+            "consumed_samples": self.progress.stream.documents,
+            "consumed_tokens": self.progress.stream.tokens,
+            "filled_share": self._filled,
             **self._figures(result, learning_rate=learning_rate),
             "skipped_steps": self.progress.skipped_steps,
         }
+
+    def _epochs(self) -> dict[str, float]:
+        """How often each source was read, for TensorBoard; its window as a whole counts when it is done."""
+        sizes = {opened.name: opened.index.count("train") for opened in self.loader.source.sets}
+        return {f"epochs/{name}": self.progress.stream.places.get(name, 0) / size for name, size in sizes.items()}
 
     def _figures(self, result: StepResult, *, learning_rate: float) -> dict[str, float | None]:
         sums, counts = result.sums, result.counts
@@ -216,28 +230,33 @@ class Trainer:
     def _count(self, throughput: Throughput, counts_in_window: Tensor) -> None:
         """Add the steps since the last report; the counts stay on the device until then."""
         counts = Counts.from_tensor(counts_in_window.cpu())
-        steps = self.progress.step - self._counted
-        samples = steps * self.config.train.global_batch_size
+        now, before = self.progress, self._counted
+        sequences = (now.step - before.step) * self.config.train.global_batch_size
+        samples, tokens, images = (
+            getattr(now.stream, name) - getattr(before.stream, name) for name in ("documents", "tokens", "images")
+        )
         flops = step_flops(
             self.shape,
             StepCounts(
-                sequences=samples,
+                sequences=sequences,
                 sequence_length=self.config.data.sequence_length,
-                images=samples,
+                images=images,
                 labels=int(counts.text),
                 masked=int(counts.image),
             ),
         )
-        throughput.count(steps=steps, samples=samples, tokens=samples * self.config.data.sequence_length, flops=flops.model)
+        throughput.count(steps=now.step - before.step, samples=samples, tokens=tokens, flops=flops.model)
         counts_in_window.zero_()
-        self._counted = self.progress.step
+        self._counted = self.progress
 
-    def _report_bad_images(self) -> None:
-        """Say so when more images could not be decoded; the loader stops the run when they are too many."""
-        read, skipped, _ = self.loader.counts
-        if skipped > self._bad_images:
-            self._bad_images = skipped
-            print(f"{skipped} of the {read} images read by rank {torch.distributed.get_rank()} could not be decoded", flush=True)
+    def _report_bad_samples(self) -> None:
+        """Say so when more samples could not be decoded; the loader stops the run when they are too many."""
+        bad = {name: counts for name, counts in self.loader.counts.items() if counts.skipped}
+        if (skipped := sum(counts.skipped for counts in bad.values())) > self._bad_samples:
+            self._bad_samples = skipped
+            named = ", ".join(f"{counts.skipped} of the {counts.read} samples of {name}" for name, counts in bad.items())
+            last = self.loader.last_problem
+            print(f"{named} read by rank {torch.distributed.get_rank()} could not be decoded; the last one: {last}", flush=True)
 
     def _preview(self, writer: MetricsWriter) -> None:
         assert self.previews is not None

@@ -7,6 +7,7 @@ from typing import Literal
 from mmar_megatron.config import Config
 from mmar_megatron.data.batch import Batch
 from mmar_megatron.data.loader import ValidationLoader
+from mmar_megatron.data.source import DataSource
 from mmar_megatron.engine.base import Engine
 from mmar_megatron.parallel import ParallelGroups
 
@@ -15,23 +16,26 @@ class Validation:
     """The same held-out microbatches each time: a grid of (mask ratio x noise level x noise) for images, captions for text.
 
     Beside the losses themselves it measures them under wrong conditions: an image given another one's caption, a caption given
-    another image. A model that ignores its condition, the commonest silent failure, does not mind.
+    another image. A model that ignores its condition, the commonest silent failure, does not mind. Data without pairs of
+    picture and caption have a text loss alone.
     """
 
-    def __init__(self, config: Config, *, groups: ParallelGroups) -> None:
+    def __init__(self, config: Config, *, source: DataSource, groups: ParallelGroups) -> None:
         self._config = config
+        self._source = source
         self._groups = groups
-        self._batches = {
-            "image": self._load("text_to_image"),
-            "text": self._load("image_to_text"),
-            "image_wrong_text": self._load("text_to_image", wrong_condition=True),
-            "text_wrong_image": self._load("image_to_text", wrong_condition=True),
-        }
+        self._batches = {"text": self._load("image_to_text")}
+        if source.validation_set.has_pairs:
+            self._batches |= {
+                "image": self._load("text_to_image"),
+                "image_wrong_text": self._load("text_to_image", wrong_condition=True),
+                "text_wrong_image": self._load("image_to_text", wrong_condition=True),
+            }
 
     def _load(self, task: Literal["text_to_image", "image_to_text"], *, wrong_condition: bool = False) -> list[Batch]:
         config = self._config
         loader = ValidationLoader(
-            config.data,
+            self._source,
             seed=config.seed,
             timesteps=config.validation.timesteps,
             mask_ratios=config.validation.mask_ratios,
@@ -48,10 +52,12 @@ class Validation:
         """Means over held-out tokens, by their names in `metrics.jsonl`. All ranks call it together."""
         with engine.evaluating():
             results = {name: engine.evaluate(batches) for name, batches in self._batches.items()}
-        image, text = results["image"], results["text"]
-        wrong_text, wrong_image = results["image_wrong_text"], results["text_wrong_image"]
-        return {
-            "val_loss_text": float(text.sums.text / text.counts.text),
+        text = results["text"]
+        losses = {"val_loss_text": float(text.sums.text / text.counts.text)}
+        if "image" not in results:
+            return losses
+        image, wrong_text, wrong_image = (results[name] for name in ("image", "image_wrong_text", "text_wrong_image"))
+        return losses | {
             "val_loss_image": float(image.sums.image / image.counts.image),
             "val_loss_image_zero": float(image.sums.image_zero / image.counts.image),
             "val_loss_text_wrong_image": float(wrong_image.sums.text / wrong_image.counts.text),

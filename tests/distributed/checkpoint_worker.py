@@ -56,7 +56,7 @@ def main() -> None:
         batch = line.config.train
         microbatches = batch.global_batch_size // (batch.micro_batch_size * groups.data.size())
         train(engine, loader, steps=2, microbatches=microbatches)
-        progress = checkpoint.Progress(step=2, consumed_samples=2 * batch.global_batch_size)
+        progress = checkpoint.Progress(step=2, stream=loader.state)
         config = CheckpointConfig(async_save=name.startswith("DP2"))
         writer = CheckpointWriter(config, run_dir=directory / name, config_yaml="{}", groups=groups, say=print)
         writer.save(engine, progress=progress)

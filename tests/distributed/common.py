@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import torch
+import yaml
+from torch import Tensor
 
 from mmar_megatron import parallel, platform
 from mmar_megatron.config import CommandLine, parse_command_line
 from mmar_megatron.config_checks import validate_world
+from mmar_megatron.data.batch import IGNORE, Batch
 from mmar_megatron.data.codec import PatchCodec
-from mmar_megatron.data.loader import DataSource, TrainLoader
+from mmar_megatron.data.loader import TrainLoader
 from mmar_megatron.data.prepare import make_shapes
 from mmar_megatron.engine.base import LossResult, StepResult
 from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.scaling.split import split_pipeline
-from mmar_megatron.training.building import build_engine, build_loader
+from mmar_megatron.training.building import build_engine, build_loader, open_source
+from tests.unit.data.mixes import write_talks
 
 MODEL = [
     *("--model.backbone.num_layers", "4", "--model.backbone.hidden_size", "32", "--model.backbone.ffn_hidden_size", "64"),
@@ -32,9 +37,12 @@ MODEL = [
 ]
 
 
+CODEC = PatchCodec(image_size=32, patch_size=8)
+
+
 def make_data(directory: Path) -> Path:
     """A small shapes data set with 8-pixel patches."""
-    make_shapes(directory, codec=PatchCodec(image_size=32, patch_size=8), train=64, validation=16, log=lambda _: None)
+    make_shapes(directory, codec=CODEC, train=64, validation=16, log=lambda _: None)
     return directory
 
 
@@ -49,9 +57,38 @@ def build(line: CommandLine) -> tuple[NativeEngine, TrainLoader, parallel.Parall
     validate_world(config, world_size=platform.world_size())
     groups = parallel.initialize(config.parallel)
     platform.seed_everything(config.seed, tensor_rank=groups.tensor.rank())
-    source = DataSource(config.data)
+    source = open_source(config)
     config = split_pipeline(config, source)
-    return build_engine(config, source=source, groups=groups), build_loader(config, groups=groups), groups
+    return build_engine(config, source=source, groups=groups), build_loader(config, source=source, groups=groups), groups
+
+
+def mix(data: Path) -> Path:
+    """Beside it, texts and conversations with the same tokenizer; returns a configuration that packs both."""
+    talks = write_talks(data.with_name("talks"), tokenizer=data, codec=CODEC)
+    sources = {"pictures": {"path": str(data), "weight": 2.0}, "talks": {"path": str(talks)}}
+    settings = {"sources": sources, "packing": True, "packing_window": 64, "sequence_length": 128}
+    file = data.with_name("mix.yaml")
+    file.write_text(yaml.safe_dump({"data": settings}))
+    return file
+
+
+def one_document_a_row(batch: Batch) -> Batch:
+    """The same documents, each in a row of its own; the images stay in their slots."""
+    length = batch.tokens_BS.shape[1]
+    fill = {"tokens_BS": int(batch.tokens_BS[0, -1]), "labels_BS": IGNORE, "document_ids_BS": -1, "span_ids_BS": -1}
+    columns: dict[str, list[Tensor]] = {name: [] for name in (*fill, "position_ids_BS")}
+    positions_MN = batch.image_positions_MN.clone()
+    for b, ids_S in enumerate(batch.document_ids_BS):
+        for d in range(int(ids_S.max()) + 1):
+            (inside,) = torch.where(ids_S == d)
+            begin, end = int(inside[0]), int(inside[-1]) + 1
+            moved_MN = (batch.image_positions_MN >= b * length + begin) & (batch.image_positions_MN < b * length + end)
+            positions_MN[moved_MN] += (len(columns["tokens_BS"]) - b) * length - begin
+            for name, rows in columns.items():
+                row = torch.full((length,), fill.get(name, 0))
+                row[: end - begin] = getattr(batch, name)[b, begin:end]
+                rows.append(row)
+    return replace(batch, image_positions_MN=positions_MN, **{name: torch.stack(rows) for name, rows in columns.items()})
 
 
 def train(engine: NativeEngine, batches: Iterable, *, steps: int, microbatches: int, lr: float = 3e-3) -> list[StepResult]:

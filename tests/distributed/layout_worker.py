@@ -1,13 +1,14 @@
 """One process of a group: trains a few steps in each of several layouts, paints and reads, and prints what came out.
 
 Arguments: data directory, directory for gradients, number of steps, JSON {name: [options]}. The gradients of each layout's first
-step are in DIRECTORY/NAME.pt.
+step are in DIRECTORY/NAME.pt. A layout whose name begins with "unpacked" has each document of a packed row in a row of its own.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from typing import Any
 import torch
 
 from mmar_megatron import parallel
+from mmar_megatron.data.batch import Batch
 from mmar_megatron.inference.images import ImageSampling, paint
 from mmar_megatron.inference.text import caption
-from tests.distributed.common import build, command, means, train
+from tests.distributed.common import build, command, means, one_document_a_row, train
 from tests.distributed.gradients import keeping_gradients, stir
 from tests.distributed.head_flops import head_flops
 
@@ -37,14 +39,15 @@ def main() -> None:
         stir(engine)
         batch = line.config.train
         microbatches = batch.global_batch_size // (batch.micro_batch_size * groups.data.size())
-        batches = islice(loader, steps * microbatches)
+        apart = name.startswith("unpacked")
+        batches: Iterator[Batch] = map(one_document_a_row, loader) if apart else iter(loader)
         with keeping_gradients(engine, groups=groups) as gradients:
             results = train(engine, batches, steps=1, microbatches=microbatches)
         results += train(engine, batches, steps=steps - 1, microbatches=microbatches)
         figures = [means(result) for result in results]
-        made: dict[str, Any] = {}
+        made: dict[str, Any] = {"rows": loader.state.row, "documents": loader.state.documents}
         with engine.evaluating():
-            figures.append(means(engine.evaluate(list(islice(loader, microbatches)))))
+            figures.append(means(engine.evaluate(list(islice(batches, microbatches)))))
             painted = paint(engine, CAPTIONS, source=loader.source, groups=groups, sampling=SAMPLING)
             made["read"] = caption(engine, list(painted), source=loader.source, groups=groups, max_tokens=6)
             made["painted"] = painted.flatten().tolist()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed.common import make_data
+from tests.distributed.common import make_data, mix
 from tests.distributed.gradients import Gradients
 from tests.distributed.launch import run_group
 
@@ -40,6 +40,9 @@ AUTO = ["--parallel.pipeline_split", "auto"]
 GROUPS_4 = ["--model.backbone.num_query_groups", "4"]
 BF16 = ["--precision.dtype", "bf16"]
 
+MIX = ["--config", "MIX"]
+"""Pictures, texts and conversations with several pictures, packed; the file takes the place of the word."""
+
 ON_ONE = {
     "one": [],
     "larger microbatch": ["--train.micro_batch_size", "8"],
@@ -47,6 +50,8 @@ ON_ONE = {
     "features": FEATURES,
     "4 groups": GROUPS_4,
     "bf16": BF16,
+    "mix": MIX,
+    "unpacked mix": MIX,
 }
 ON_TWO = {
     "TP2": TP2,
@@ -66,6 +71,9 @@ ON_TWO = {
     "TP2 SP bf16": [*TP2, *SP, *BF16],
     "PP2 interleaved bf16": [*INTERLEAVED, *BF16],
     "DP2 overlap bf16": [*OVERLAP, *BF16],
+    "TP2 SP mix": [*TP2, *SP, *MIX],
+    "PP2 interleaved mix": [*INTERLEAVED, *MIX],
+    "DP2 overlap mix": [*OVERLAP, *MIX],
 }
 ON_FOUR = {
     "TP2 PP2": [*TP2, *PP2],
@@ -80,6 +88,7 @@ ON_FOUR = {
     "TP4 SP, 4 groups": ["--parallel.tensor_model_parallel_size", "4", *SP, *GROUPS_4],
     "TP2 PP2 SP features": [*TP2, *PP2, *SP, *FEATURES],
     "TP2 PP2 interleaved SP bf16": [*TP2, *INTERLEAVED, *SP, *BF16],
+    "TP2 DP2 mix": [*TP2, *MIX],
 }
 
 
@@ -93,8 +102,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(folder: Path) -> dict[str, dict[str, Any]]:
     """Every layout's figures, from three launches: of some training steps, then of one evaluation."""
     data = make_data(folder / "shapes")
+    mixed = str(mix(data))
     found: dict[str, dict[str, Any]] = {}
-    for nproc, layouts in ((1, ON_ONE), (2, ON_TWO), (4, ON_FOUR)):
+    for nproc, of_nproc in ((1, ON_ONE), (2, ON_TWO), (4, ON_FOUR)):
+        layouts = {name: [mixed if option == "MIX" else option for option in options] for name, options in of_nproc.items()}
         output = run_group(WORKER, str(data), str(folder), str(STEPS), json.dumps(layouts), nproc=nproc, timeout=240)
         for line in output.splitlines():
             if line.startswith("{"):
@@ -104,7 +115,7 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
 
 def reference_of(name: str) -> str:
     """Which run on one process a layout is held against."""
-    return next((reference for reference in ("features", "4 groups", "bf16") if name.endswith(reference)), "one")
+    return next((reference for reference in ("features", "4 groups", "bf16", "mix") if name.endswith(reference)), "one")
 
 
 def gradients_of(name: str, folder: Path) -> Gradients:
@@ -117,7 +128,7 @@ def differences(got: Gradients, expected: Gradients) -> dict[str, float]:
     return {name: float((got[name] - expected[name]).norm() / expected[name].norm()) for name in expected}
 
 
-LAYOUTS = ["larger microbatch", "recompute", *ON_TWO, *ON_FOUR]
+LAYOUTS = ["larger microbatch", "recompute", "unpacked mix", *ON_TWO, *ON_FOUR]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -162,7 +173,12 @@ def test_comparisons_are_not_empty(runs: dict[str, dict[str, Any]]) -> None:
     assert np.std(runs["one"]["painted"]) > 10
 
 
-@pytest.mark.parametrize("name", ["one", "features", "4 groups", "bf16"])
+def test_the_mix_is_packed(runs: dict[str, dict[str, Any]]) -> None:
+    for name in ("mix", "unpacked mix", "DP2 overlap mix"):
+        assert runs[name]["documents"] > 1.5 * 8 * STEPS
+
+
+@pytest.mark.parametrize("name", ["one", "features", "4 groups", "bf16", "mix"])
 def test_comparisons_of_gradients_are_not_empty(name: str, runs: dict[str, dict[str, Any]], folder: Path) -> None:
     """Every parameter has a gradient, which is not zero; and a small change of one of them, or of its place, is seen."""
     gradients = gradients_of(name, folder)

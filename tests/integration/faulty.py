@@ -35,8 +35,8 @@ from torch import nn
 
 from mmar_megatron.chaos.life import environments
 from mmar_megatron.data.batch import Batch
+from mmar_megatron.data.index import BadDataError
 from mmar_megatron.data.loader import TrainLoader
-from mmar_megatron.data.shards import BadDataError
 from mmar_megatron.model.mmar_model import MMARModel
 from mmar_megatron.training import building, watchdog
 from tests.integration.forked import run
@@ -52,7 +52,7 @@ def inject(faults: list[Fault], *, rank: int) -> None:
     class FaultyLoader(TrainLoader):
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
-            self.first_step = options["start_sample"] // options["global_batch_size"]
+            self.first_step = options["state"].documents // options["global_batch_size"]  # no sample of these is bad
             self.in_a_step = options["global_batch_size"] // options["micro_batch_size"] // options["data_parallel_size"]
 
         def __iter__(self) -> Generator[Batch, None, None]:

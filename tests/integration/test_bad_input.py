@@ -39,13 +39,19 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "truncated-shard": (["--data.path", "{truncated}"], "train-000000.tar has ... bytes, the index says"),
     "torn-index": (["--data.path", "{torn}"], "{torn}"),
     "no-such-language": (["--data.languages", "[zh]"], "data.languages is ['zh']"),
-    "bad-images": (["--data.path", "{bad}"], "images could not be decoded ... raise the limit"),
+    "bad-images": (
+        ["--data.path", "{bad}"],
+        "samples could not be decoded ... the last one: shard {bad}/train-000000.tar at ... raise the limit",
+    ),
     "bad-images-in-a-worker": (
         ["--data.path", "{bad}", "--data.num_workers", "1"],
-        "images could not be decoded ... raise the limit",
+        "samples could not be decoded ... the last one: shard {bad}/train-000000.tar at ... raise the limit",
     ),
-    "no-good-image-in-a-worker": (["--data.path", "{hopeless}", "--data.num_workers", "1"], "no image in ... can be decoded"),
-    "no-good-image-held-out": (["--data.path", "{hopeless_held_out}"], "no image in ... can be decoded"),
+    "no-good-image-in-a-worker": (["--data.path", "{hopeless}", "--data.num_workers", "1"], "samples could not be decoded"),
+    "no-good-image-held-out": (
+        ["--data.path", "{hopeless_held_out}"],
+        "no validation sample of {hopeless_held_out} can be decoded",
+    ),
     "heads": (
         ["--parallel.tensor_model_parallel_size", "3"],
         "num_attention_heads 4 is not divisible by parallel.tensor_model_parallel_size 3: change one",

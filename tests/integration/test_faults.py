@@ -19,6 +19,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from mmar_megatron.data.batch import Batch
 from mmar_megatron.data.loader import TrainLoader
+from mmar_megatron.data.source import DataSource
+from mmar_megatron.data.stream import StreamState
 from mmar_megatron.training.metrics import read_metrics, read_rows
 from tests.distributed.common import MODEL, command, make_data
 from tests.distributed.launch import ROOT
@@ -164,25 +166,24 @@ def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
 # --- steps that are skipped -----------------------------------------------------------------------------------------------------
 
 
-def ids_of_step(step: int, data: Path) -> list[int]:
+def samples_of_step(step: int, data: Path) -> list[str]:
     config = command(data=data).config
     loader = TrainLoader(
-        config.data,
+        DataSource(config.data),
         seed=config.seed,
         timestep_multiplier=config.model.head.timestep_multiplier,
         micro_batch_size=8,
         global_batch_size=8,
-        start_sample=8 * (step - 1),
+        state=StreamState(row=8 * (step - 1)),
     )
-    ids: list[int] = next(iter(loader)).sample_ids_B.tolist()
-    return ids
+    return [f"data:{sample}" for (sample,) in next(iter(loader)).sample_ids_BK.tolist()]
 
 
 def test_bad_steps_are_skipped_on_all_ranks_and_told_of(endings: dict[str, list[Ending]], root: Path, data: Path) -> None:
     assert codes(endings["whole"]) == [0, 0]
     incidents = read_rows(root / "whole" / "incidents.jsonl")
     assert [row["step"] for row in incidents] == [3, 4, 6]
-    assert [row["sample_ids"] for row in incidents] == [ids_of_step(step, data) for step in (3, 4, 6)]
+    assert [row["samples"] for row in incidents] == [samples_of_step(step, data) for step in (3, 4, 6)]
     assert [row["loss"] is None for row in incidents] == [True, True, False]
     assert incidents[0]["reason"] == "the loss is nan, the gradient norm nan"
     assert "deviations above the recent" in incidents[2]["reason"]
@@ -205,7 +206,7 @@ def test_too_many_bad_steps_end_the_run_with_a_diagnosis(endings: dict[str, list
     assert summary["bad_steps"] == read_rows(root / "hopeless" / "incidents.jsonl")
     assert (summary["step"], summary["bad_steps_in_a_row"], len(summary["recent_losses"])) == (3, 2, 1)
     assert summary["layout"] == "TP 1 x PP 1 x DP 2"
-    ids, not_finite = [], set()
+    samples, not_finite = [], set()
     for rank in range(2):
         health = json.loads((directory / f"rank_{rank:05d}.json").read_text())
         assert health["rank"] == rank
@@ -213,9 +214,9 @@ def test_too_many_bad_steps_end_the_run_with_a_diagnosis(endings: dict[str, list
         not_finite |= set(health["gradients_not_finite"])
         batches = [Batch(**tensors) for tensors in torch.load(directory / f"batch_{rank:05d}.pt")]
         assert any(batch.latents_MNC.isnan().any() for batch in batches) == (rank == 1)
-        ids += [sample for batch in batches for sample in batch.sample_ids_B.tolist()]
+        samples += [f"data:{sample}" for batch in batches for (sample,) in batch.sample_ids_BK.tolist()]
     assert "model0.embedding.vis_projector.0.weight" in not_finite  # of the rank that holds its share of the optimizer
-    assert sorted(ids) == sorted(summary["bad_steps"][-1]["sample_ids"])
+    assert sorted(samples) == sorted(summary["bad_steps"][-1]["samples"])
 
 
 # --- signals --------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mmar_megatron.training.metrics import CLOCKED
-from tests.distributed.common import MODEL, make_data
+from tests.distributed.common import MODEL, make_data, mix
 from tests.distributed.launch import run_group
 from tests.distributed.test_layouts import PP2, SP, TP2
 
@@ -35,6 +35,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
             *("--parallel.overlap_grad_reduce", "true", "--parallel.overlap_param_gather", "true"),
         ],
     ),
+    "DP2 mix": (2, ["--data.num_workers", "2"]),
 }
 
 
@@ -65,6 +66,7 @@ def test_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
     data = make_data(tmp_path / "shapes")
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     arguments = [*MODEL, *SCHEDULE, *options, "--data.path", str(data)]
+    arguments += ["--config", str(mix(data))] if name.endswith("mix") else []
     run_group("pretrain_mmar.py", *arguments, "--run_dir", str(whole), nproc=nproc, timeout=240)
 
     shutil.copytree(whole, resumed)
@@ -83,7 +85,7 @@ def test_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
 def test_another_number_of_processes_goes_on_with_the_same_samples(tmp_path: Path) -> None:
     """A chain of layouts, with saves in the background and a checkpoint that is damaged on the way, against one process."""
     data = make_data(tmp_path / "shapes")
-    common = [*MODEL, "--data.path", str(data), "--train.log_every", "1", "--validation.every", "0", "--preview.every", "0"]
+    common = [*MODEL, "--config", str(mix(data)), "--train.log_every", "1", "--validation.every", "0", "--preview.every", "0"]
     common += ["--checkpoint.every", "1", "--optimizer.schedule", "constant", "--optimizer.ema_decay", "0.9"]
     whole, chain = tmp_path / "whole", tmp_path / "chain"
     run_group("pretrain_mmar.py", *common, "--run_dir", str(whole), "--train.steps", "7", nproc=1, timeout=240)
@@ -110,5 +112,8 @@ def test_another_number_of_processes_goes_on_with_the_same_samples(tmp_path: Pat
 
     expected, got = rows(whole), rows(chain)
     assert [row["step"] for row in got] == list(range(1, 8))
+    counted = ("consumed_samples", "consumed_tokens", "filled_share")
+    assert [[row[name] for name in counted] for row in got] == [[row[name] for name in counted] for row in expected]
+    assert expected[-1]["consumed_samples"] > 7 * 8 * 1.5  # packed
     for figure in ("loss_text", "loss_image", "grad_norm"):
         assert [row[figure] for row in got] == pytest.approx([row[figure] for row in expected], rel=1e-5)

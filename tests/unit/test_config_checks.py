@@ -21,6 +21,26 @@ def one_parser() -> Iterator[None]:
 REFUSED: dict[str, tuple[list[str], str]] = {
     "auto-encoder from nowhere": (["--data.codec.kind=vae"], r"kind is vae: give data\.codec\.path"),
     "auto-encoder for patches": (["--data.codec.path=vae"], r"data\.codec\.path is for data\.codec\.kind vae: leave it out"),
+    "source without weight": (
+        ['--data.sources={"a": {"path": "a", "weight": 0}}'],
+        r"data\.sources\.a\.weight is 0.*: it must be above 0, or leave the source out",
+    ),
+    "source without tasks": (
+        ['--data.sources={"a": {"path": "a", "tasks": {"text_to_image": 0, "image_to_text": 0}}}'],
+        r"data\.sources\.a\.tasks are all 0: make one of them positive",
+    ),
+    "data made and not read": (
+        ['--data.sources={"a": {"path": "a"}}', "--data.generate=shapes"],
+        r"data\.path, which is not read where there are data\.sources: leave out one",
+    ),
+    "validation on nothing": (
+        ['--data.sources={"a": {"path": "a"}}', "--data.validation_source=b"],
+        r"data\.validation_source b is none of data\.sources \['a'\]: change it",
+    ),
+    "pool over blocks": (
+        ["--data.shuffle_pool=100"],
+        r"data\.shuffle_pool 100 is not divisible by data\.shuffle_block 64: change one",
+    ),
     "heads over ranks": (
         ["--parallel.tensor_model_parallel_size=3"],
         r"num_attention_heads 4 is not divisible by parallel\.tensor_model_parallel_size 3: change one",

@@ -97,12 +97,11 @@ class Documents:
         painted = self.text_to_image([100, 101], masked=(1, 2, 5, 7, 8, 15), seed=1)
         return self.batch([[painted], [self.image_to_text([100, 101, 102], seed=2)]], sequence_length=32)
 
-    def batch(self, rows: Sequence[Sequence[Document]], *, sequence_length: int, images_per_row: int = 1) -> Batch:
+    def batch(self, rows: Sequence[Sequence[Document]], *, sequence_length: int) -> Batch:
         """These documents in these rows."""
         return assemble(
             rows,
             sequence_length=sequence_length,
-            images_per_row=images_per_row,
             image_shape=(N, C),
             timestep_multiplier=R,
             pad_id=self.tokenizer.pad_id,

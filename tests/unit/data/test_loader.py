@@ -1,7 +1,6 @@
-import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,11 @@ import torch
 from mmar_megatron.config import CodecConfig, DataConfig, MaskRatioConfig, TaskConfig
 from mmar_megatron.data.batch import IGNORE, Batch
 from mmar_megatron.data.codec import PatchCodec
-from mmar_megatron.data.loader import DataSource, TrainLoader, ValidationLoader
+from mmar_megatron.data.index import Split
+from mmar_megatron.data.loader import TrainLoader, ValidationLoader
 from mmar_megatron.data.prepare import Record, ensure_data, write_dataset
-from mmar_megatron.data.shards import Split
+from mmar_megatron.data.source import DataSource
+from mmar_megatron.data.stream import StreamState
 from mmar_megatron.data.tokenizer import train_sentencepiece
 from tests.unit.data.conftest import TRAIN, VALIDATION
 from tests.unit.data.damage import damage_image
@@ -25,7 +26,7 @@ R = 3
 
 def train_loader(config: DataConfig, **overrides: Any) -> TrainLoader:
     defaults = {"seed": 5, "timestep_multiplier": R, "micro_batch_size": 2, "global_batch_size": 8}
-    return TrainLoader(config, **{**defaults, **overrides})
+    return TrainLoader(DataSource(config), **{**defaults, **overrides})
 
 
 def validation_loader(config: DataConfig, **overrides: Any) -> ValidationLoader:
@@ -37,15 +38,23 @@ def validation_loader(config: DataConfig, **overrides: Any) -> ValidationLoader:
         "micro_batch_size": 4,
         "task": "text_to_image",
     }
-    return ValidationLoader(config, **{**defaults, **overrides})
+    return ValidationLoader(DataSource(config), **{**defaults, **overrides})
 
 
 def rows(batch: Batch) -> Iterator[tuple[bytes, ...]]:
-    """All that each row holds, in a form that can be compared and counted; image positions as counted from the row's begin."""
-    batch = replace(batch, image_positions_MN=batch.image_positions_MN % batch.tokens_BS.shape[1])
-    tensors = [tensor for field in fields(batch) if (tensor := getattr(batch, field.name)) is not None]
-    for row in zip(*tensors, strict=True):
-        yield tuple(tensor.numpy().tobytes() for tensor in row)
+    """All that each row holds, in a form that can be compared and counted."""
+    length = batch.tokens_BS.shape[1]
+    of_row_M = batch.image_positions_MN[:, 0] // length
+    occupied_M = (batch.visible_MN | batch.masked_MN).any(dim=1)
+    ids_BK = batch.sample_ids_BK
+    relative = replace(batch, image_positions_MN=batch.image_positions_MN % length, sample_ids_BK=None)  # type: ignore[arg-type]
+    for b in range(len(batch.tokens_BS)):
+        own = (of_row_M == b) & occupied_M
+        tensors = [
+            tensor[b] if name.endswith("_BS") else tensor[own] for name, tensor in vars(relative).items() if tensor is not None
+        ]
+        tensors.append(ids_BK[b][ids_BK[b] >= 0])
+        yield tuple(tensor.numpy().tobytes() for tensor in tensors)
 
 
 def all_rows(batches: Iterator[Batch] | list[Batch]) -> list[tuple[bytes, ...]]:
@@ -75,7 +84,7 @@ def test_micro_batch_size_does_not_change_a_step(config: DataConfig) -> None:
 
 def test_resumes_from_one_integer(config: DataConfig) -> None:
     uninterrupted = all_rows(islice(train_loader(config), 60))
-    resumed = all_rows(islice(train_loader(config, start_sample=7 * 8), 60 - 7 * 4))
+    resumed = all_rows(islice(train_loader(config, state=StreamState(row=7 * 8)), 60 - 7 * 4))
     assert resumed == uninterrupted[7 * 8 :]
 
 
@@ -88,7 +97,7 @@ def test_workers_change_nothing_not_even_the_global_random_state(config: DataCon
 
 def test_each_epoch_has_each_sample_once_in_another_order(config: DataConfig) -> None:
     loader = train_loader(config, micro_batch_size=4, global_batch_size=4)
-    ids = [i for batch in islice(loader, 3 * TRAIN // 4) for i in batch.sample_ids_B.tolist()]
+    ids = [i for batch in islice(loader, 3 * TRAIN // 4) for i in batch.sample_ids_BK[:, 0].tolist()]
     epochs = [ids[e * TRAIN : (e + 1) * TRAIN] for e in range(3)]
     assert all(sorted(epoch) == list(range(TRAIN)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
@@ -97,13 +106,13 @@ def test_each_epoch_has_each_sample_once_in_another_order(config: DataConfig) ->
 def test_all_randomness_is_new_in_each_epoch_and_for_each_seed(config: DataConfig) -> None:
     only_images = replace(config, tasks=TaskConfig(text_to_image=1, image_to_text=0, image_only=0))
     first, second = (
-        {int(i): noise for batch in batches for i, noise in zip(batch.sample_ids_B, batch.noise_MNRC, strict=True)}
+        {int(i): noise for batch in batches for i, noise in zip(batch.sample_ids_BK[:, 0], batch.noise_MNRC, strict=True)}
         for loader in [iter(train_loader(only_images))]
         for batches in (list(islice(loader, TRAIN // 2)), list(islice(loader, TRAIN // 2)))
     )
     assert all(not torch.equal(first[i], second[i]) for i in range(TRAIN))
     other = next(iter(train_loader(only_images, seed=6)))
-    assert not torch.equal(other.noise_MNRC[0], first[int(other.sample_ids_B[0])])
+    assert not torch.equal(other.noise_MNRC[0], first[int(other.sample_ids_BK[0, 0])])
 
 
 def test_every_step_has_nearly_the_configured_tasks(config: DataConfig) -> None:
@@ -128,7 +137,7 @@ def test_rows_hold_the_samples_text_and_image(config: DataConfig) -> None:
     loader = train_loader(replace(config, caption_dropout=0), micro_batch_size=8)
     source, reader = loader.source, loader.source.reader("train")
     for batch in islice(loader, 5):
-        for b, sample_id in enumerate(batch.sample_ids_B.tolist()):
+        for b, sample_id in enumerate(batch.sample_ids_BK[:, 0].tolist()):
             sample = reader.read(sample_id)
             assert source.tokenizer.decode(batch.tokens_BS[b].tolist()) == sample.captions["en"][0]
             assert (source.codec.decode(batch.latents_MNC[b].numpy()) == sample.image_HW3).all()
@@ -157,13 +166,11 @@ def test_long_captions_are_cut_and_counted(config: DataConfig) -> None:
     )
     source = loader.source
     next(iter(loader))
-    lengths = [
-        n for shard in source.index.shards if shard.split == "train" for tokens in shard.caption_tokens for n in tokens["en"]
-    ]
-    assert loader.counts.truncated == sum(n > 16 for n in lengths) > 0
+    lengths = source.sets[0].index.text_tokens[:TRAIN]
+    assert loader.counts["data"].truncated == (lengths > 16).sum() > 0
 
 
-def test_bad_images_are_counted_and_replaced_alike_at_any_layout(shapes_copy: Path, config: DataConfig) -> None:
+def test_bad_samples_are_counted_and_left_out_alike_at_any_layout(shapes_copy: Path, config: DataConfig) -> None:
     for number in (3, 4, 40):
         damage_image(shapes_copy, split="train", number=number)
     damaged = replace(config, path=str(shapes_copy), max_bad_fraction=0.2)
@@ -172,16 +179,19 @@ def test_bad_images_are_counted_and_replaced_alike_at_any_layout(shapes_copy: Pa
     one, workers, *halves = (all_rows(islice(loader, n)) for loader, n in zip(loaders, (60, 60, 30, 30), strict=True))
     assert one == workers
     assert Counter(halves[0] + halves[1]) == Counter(one)
-    # Two epochs of 60 samples; 3 gives way over 4, so it counts twice.
-    assert [loader.counts.skipped for loader in loaders[:2]] == [8, 8]
-    assert sum(loader.counts.skipped for loader in loaders[2:]) == 8
+    # Two epochs of 60 samples.
+    assert [loader.counts["data"].skipped for loader in loaders[:2]] == [6, 6]
+    assert sum(loader.counts["data"].skipped for loader in loaders[2:]) == 6
 
 
 def test_too_many_bad_images(shapes_copy: Path, config: DataConfig) -> None:
     for number in range(0, TRAIN, 4):
         damage_image(shapes_copy, split="train", number=number)
     damaged = replace(config, path=str(shapes_copy), max_bad_fraction=0.1)
-    with pytest.raises(ValueError, match=r"7 images could not be decoded .* more than data.max_bad_fraction = 0.1"):
+    with pytest.raises(
+        ValueError,
+        match=r"7 samples could not .* \(7 of data; the last one: shard .*\), which is more than data.max_bad_fraction = 0.1",
+    ):
         list(islice(train_loader(damaged, micro_batch_size=1, global_batch_size=1), TRAIN))
 
 
@@ -204,12 +214,9 @@ def test_other_languages(config: DataConfig) -> None:
         DataSource(replace(config, languages=["zh"]))
 
 
-def test_missing_split(shapes_copy: Path, config: DataConfig) -> None:
-    file = shapes_copy / "index.json"
-    content = json.loads(file.read_text())
-    file.write_text(json.dumps({**content, "shards": content["shards"][:1]}))
+def test_missing_split(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no validation samples"):
-        validation_loader(replace(config, path=str(shapes_copy)))
+        validation_loader(write_gray(tmp_path / "gray", {"train": ["aa bb"]}))
 
 
 @pytest.mark.parametrize("task", ["text_to_image", "image_to_text"])
@@ -222,21 +229,21 @@ def test_validation_is_the_same_at_any_layout(config: DataConfig, task: str) -> 
     batches = [batch for half in halves for batch in half]
     assert all(len(batch.tokens_BS) == 3 for batch in batches)
     assert Counter(all_rows(batches)) == Counter(one)
-    ids = sorted(i for batch in batches for i in batch.sample_ids_B.tolist())
+    ids = sorted(i for batch in batches for i in batch.sample_ids_BK[:, 0].tolist())
     assert ids == [-1, -1, *(TRAIN + i * VALIDATION // 10 for i in range(10))]
 
 
 def test_validation_grid(config: DataConfig) -> None:
     batches = list(validation_loader(config))
     masked = [int(n) for batch in batches for n in batch.masked_MN.sum(dim=1)]
-    assert masked == [32, 64] * 5 + [0, 0]
+    assert masked == [32, 64] * 5
     assert batches[0].timesteps_MNR[0, 7].tolist() == pytest.approx([1 / 6, 3 / 6, 5 / 6])
     assert all_rows(batches) == all_rows(iter(validation_loader(config)))
     assert all_rows(batches) != all_rows(iter(validation_loader(config, seed=6)))
 
 
 def test_validation_reads_at_most_the_split(config: DataConfig) -> None:
-    ids = [i for batch in validation_loader(config, samples=1000) for i in batch.sample_ids_B.tolist()]
+    ids = [i for batch in validation_loader(config, samples=1000) for i in batch.sample_ids_BK[:, 0].tolist()]
     assert ids == [*range(TRAIN, TRAIN + VALIDATION), -1, -1]
 
 
@@ -246,11 +253,11 @@ def test_wrong_condition_changes_the_condition_alone(config: DataConfig) -> None
         return zip(*loaders, strict=True)
 
     for right, wrong in pairs("text_to_image"):
-        for name in ("latents_MNC", "masked_MN", "timesteps_MNR", "noise_MNRC", "sample_ids_B"):
+        for name in ("latents_MNC", "masked_MN", "timesteps_MNR", "noise_MNRC", "sample_ids_BK"):
             assert torch.equal(getattr(right, name), getattr(wrong, name))
         assert not torch.equal(right.tokens_BS, wrong.tokens_BS)
     for right, wrong in pairs("image_to_text"):
-        for name in ("tokens_BS", "labels_BS", "sample_ids_B"):
+        for name in ("tokens_BS", "labels_BS", "sample_ids_BK"):
             assert torch.equal(getattr(right, name), getattr(wrong, name))
         assert not torch.equal(right.latents_MNC, wrong.latents_MNC)
 

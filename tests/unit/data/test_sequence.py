@@ -1,11 +1,14 @@
+import itertools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from mmar_megatron.data.batch import IGNORE, Batch
-from mmar_megatron.data.sequence import Document, DocumentBuilder, DocumentImage, assemble
+from mmar_megatron.data.sequence import Document, DocumentBuilder, DocumentImage, Text, assemble
 from mmar_megatron.data.tokenizer import Tokenizer, load_tokenizer
 
 N, C, R = 4, 3, 2
@@ -75,36 +78,33 @@ def test_no_room_for_text(tokenizer: Tokenizer) -> None:
         build(tokenizer, sequence_length=N + 4)
 
 
-def batch_of(rows: list[list[Document]], pad_id: int, images_per_row: int = 1) -> Batch:
-    return assemble(
-        rows, sequence_length=24, images_per_row=images_per_row, image_shape=(N, C), timestep_multiplier=R, pad_id=pad_id
-    )
+def batch_of(rows: list[list[Document]], pad_id: int) -> Batch:
+    return assemble(rows, sequence_length=24, image_shape=(N, C), timestep_multiplier=R, pad_id=pad_id)
 
 
 def test_batch_of_one_document_and_an_empty_row(tokenizer: Tokenizer) -> None:
     masked = [True, False, True, True]
     document = build(tokenizer).text_to_image(TEXT, image=image(masked), sample_id=9)
+    image_of = document.images[0].image
     batch = batch_of([[], [document]], tokenizer.pad_id)
     length = len(document.tokens_L)
 
-    assert batch.sample_ids_B.tolist() == [-1, 9]
+    assert batch.sample_ids_BK.tolist() == [[-1], [9]]
     assert batch.tokens_BS[1].tolist() == document.tokens_L + [tokenizer.pad_id] * (24 - length)
     assert batch.position_ids_BS[1].tolist() == [*range(length), *[0] * (24 - length)]
     assert batch.document_ids_BS[1].tolist() == [0] * length + [-1] * (24 - length)
     assert batch.span_ids_BS[1].tolist() == [-1] * 5 + [0] * N + [-1] * (24 - 5 - N)
-    assert (batch.tokens_BS.flatten()[batch.image_positions_MN[1]] == tokenizer.image_id).all()
-    assert batch.image_positions_MN[1].tolist() == [24 + 5 + n for n in range(N)]
-    assert batch.masked_MN[1].tolist() == masked
-    assert batch.visible_MN[1].tolist() == [not m for m in masked]
-    np.testing.assert_array_equal(batch.latents_MNC[1], document.image.latents_NC)
-    np.testing.assert_array_equal(batch.timesteps_MNR[1], document.image.timesteps_NR)
-    np.testing.assert_array_equal(batch.noise_MNRC[1], document.image.noise_NRC)
+    assert (batch.tokens_BS.flatten()[batch.image_positions_MN[0]] == tokenizer.image_id).all()
+    assert batch.image_positions_MN[0].tolist() == [24 + 5 + n for n in range(N)]
+    assert batch.masked_MN[0].tolist() == masked
+    assert batch.visible_MN[0].tolist() == [not m for m in masked]
+    np.testing.assert_array_equal(batch.latents_MNC[0], image_of.latents_NC)
+    np.testing.assert_array_equal(batch.timesteps_MNR[0], image_of.timesteps_NR)
+    np.testing.assert_array_equal(batch.noise_MNRC[0], image_of.noise_NRC)
 
     assert set(batch.tokens_BS[0].tolist()) == {tokenizer.pad_id}
     assert set(batch.labels_BS[0].tolist()) == {IGNORE}
     assert set(batch.document_ids_BS[0].tolist()) == {-1}
-    assert not batch.visible_MN[0].any()
-    assert not batch.masked_MN[0].any()
     assert batch.num_labels == 0
     assert batch.num_masked == 3
 
@@ -112,7 +112,7 @@ def test_batch_of_one_document_and_an_empty_row(tokenizer: Tokenizer) -> None:
 def test_two_documents_in_a_row(tokenizer: Tokenizer) -> None:
     first = build(tokenizer).text_to_image([], image=image([True] * N), sample_id=1)
     second = build(tokenizer).image_to_text(TEXT, image=image(), sample_id=2)
-    batch = batch_of([[first, second]], tokenizer.pad_id, images_per_row=2)
+    batch = batch_of([[first, second]], tokenizer.pad_id)
     a, b = len(first.tokens_L), len(second.tokens_L)
     assert batch.position_ids_BS[0, : a + b].tolist() == [*range(a), *range(b)]
     assert batch.document_ids_BS[0].tolist() == [0] * a + [1] * b + [-1] * (24 - a - b)
@@ -120,3 +120,61 @@ def test_two_documents_in_a_row(tokenizer: Tokenizer) -> None:
     assert [int((batch.span_ids_BS == span).sum()) for span in (0, 1)] == [N, N]
     assert batch.labels_BS[0, a : a + b].tolist() == second.labels_L
     assert torch.equal(batch.visible_MN, torch.tensor([[False] * N, [True] * N]))
+
+
+def test_a_batch_without_images_has_an_empty_slot(tokenizer: Tokenizer) -> None:
+    text = build(tokenizer).content([Text(TEXT, learn=True, end=True)], sample_id=3)
+    batch = batch_of([[text], []], tokenizer.pad_id)
+    assert batch.latents_MNC.shape == (1, N, C)
+    assert not (batch.visible_MN | batch.masked_MN).any()
+    assert batch.num_labels == len(TEXT) + 1
+
+
+def test_content_with_images_before_within_and_after_text(tokenizer: Tokenizer) -> None:
+    seen, painted = image(), image([True] * N)
+    question, answer = [7, 8], [11, 12, 13]
+    parts: list[Text | DocumentImage] = [
+        seen,
+        Text(question, learn=False, end=False),
+        seen,
+        Text(answer, learn=True, end=True),
+        painted,
+    ]
+    document = build(tokenizer, sequence_length=64).content(parts, sample_id=0)
+    picture = [tokenizer.begin_image_id, *[tokenizer.image_id] * N, tokenizer.end_image_id]
+    assert document.tokens_L == [
+        *(tokenizer.bos_id, *picture, *question, *picture, *answer, tokenizer.eos_id, *picture),
+    ]
+    begin = 1 + len(picture) + len(question) + len(picture)
+    assert {i: label for i, label in enumerate(document.labels_L) if label != IGNORE} == {
+        begin - 1: 11,
+        begin: 12,
+        begin + 1: 13,
+        begin + 2: tokenizer.eos_id,
+    }
+    assert [document.tokens_L[start - 1 : start + N + 1] for start, _ in document.images] == [picture] * 3
+    batch = assemble(
+        [[document, document]], sequence_length=128, image_shape=(N, C), timestep_multiplier=R, pad_id=tokenizer.pad_id
+    )
+    assert batch.num_masked == 2 * N
+    spans = [span for span, _ in itertools.groupby(batch.span_ids_BS[0].tolist()) if span >= 0]
+    assert spans == [0, 1, 2, 3, 4, 5]
+    assert batch.span_ids_BS.flatten()[batch.image_positions_MN].tolist() == [[m] * N for m in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("parts", "tokens", "images"),
+    [
+        (lambda: [Text([5] * 40, learn=True, end=True)], [5] * 31, 0),
+        (lambda: [Text([5] * 20, learn=True, end=True), image()], [5] * 20, 1),
+        (lambda: [Text([5] * 26, learn=True, end=True), image(), Text([6], learn=True, end=True)], [5] * 26, 0),
+        (lambda: [Text([5] * 40, learn=False, end=True), image([True] * N)], [5] * (31 - N - 2), 1),
+    ],
+    ids=["text", "fits", "image", "painted"],
+)
+def test_too_long_content_is_cut(tokenizer: Tokenizer, parts: Callable[[], Any], tokens: list[int], images: int) -> None:
+    document = build(tokenizer, sequence_length=32).content(parts(), sample_id=0)
+    assert document.tokens_L[1 : 1 + len(tokens)] == tokens
+    assert len(document.images) == images
+    assert len(document.labels_L) == len(document.tokens_L) <= 32
+    assert document.truncated == (images == 0 or document.images[-1].image.masked_N.any())

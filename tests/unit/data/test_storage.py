@@ -327,6 +327,25 @@ def test_what_is_announced_and_never_read_gives_way() -> None:
         assert fetchers["b.tar", 50_000 * 13].startswith("read-ahead")
 
 
+def test_a_reader_that_fetches_for_itself_makes_room() -> None:
+    skipped, wanted = [[(name, 50_000 * i, 10_000) for i in range(3)] for name in (NAME, "b.tar")]
+    fetched: list[int] = []
+
+    def fetch(name: str, start: int, end: int) -> bytes:
+        fetched.append(start)
+        return right(name, start, end - start)
+
+    with closing(ReadAhead(fetch, limits=ReadAheadLimits(threads=1, join_gap=0, most_bytes=35_000))) as ahead:
+        ahead.announce([*skipped, *wanted])
+        wait_until(lambda: len(fetched) == 3)
+        assert ahead.take(*skipped[2]) == right(*skipped[2])  # the last is complete, and one more is fetched
+        wait_until(lambda: len(fetched) == 4)
+        wanted = wanted[1:]
+        assert ahead.take(*wanted[0]) == right(*wanted[0])
+        assert ahead.take(*skipped[0]) is None
+        assert ahead.take(*skipped[1]) == right(*skipped[1])
+
+
 def test_an_error_in_the_background_is_raised_by_who_reads(place: Place) -> None:
     with closing(place.open(read_ahead=ReadAheadLimits(join_gap=0))) as storage:
         place.server.always = "503"

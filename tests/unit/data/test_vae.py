@@ -241,7 +241,10 @@ def refuse(path: Path, message: str, *, image_size: int = SIZE) -> None:
 def test_what_is_no_autoencoder_is_refused(copy: Path, tmp_path: Path) -> None:
     refuse(tmp_path / "nowhere", "there is no directory .*nowhere: give the directory of a diffusers AutoencoderKL")
     (tmp_path / "kl16.ckpt").write_bytes(b"")
-    refuse(tmp_path / "kl16.ckpt", r"kl16.ckpt is a file: convert it with `python tools/convert_vae.py .*kl16.ckpt --out DIR`")
+    refuse(
+        tmp_path / "kl16.ckpt",
+        r"kl16.ckpt is a file: convert it with `python tools/convert_vae.py .*kl16.ckpt --out DIR --scaling_factor SCALE`",
+    )
     refuse(copy, "image_size 36 is not a multiple of 8, .*: change one", image_size=36)
     config = json.loads((copy / "config.json").read_text())
     for change, message in (

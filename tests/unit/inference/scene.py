@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mmar_megatron.data.batch import Batch
-from mmar_megatron.data.loader import DataSource
+from mmar_megatron.data.source import DataSource
 from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.model.mmar_model import MMARModel, build_model

@@ -37,7 +37,7 @@ def greedy(scene: Scene, image_HW3: NDArray[np.uint8], *, max_tokens: int) -> li
     text: list[int] = []
     while len(text) < max_tokens:
         document = source.builder.image_to_text(text, image=image, sample_id=0)
-        h_SBD = scene.model(source.assemble([document], timestep_multiplier=1), return_hidden=True)
+        h_SBD = scene.model(source.assemble([[document]], timestep_multiplier=1), return_hidden=True)
         last = 2 + source.codec.num_tokens + len(text)  # after <bos> <begin_image> and the image
         assert document.tokens_L[last] == (text[-1] if text else source.tokenizer.end_image_id)
         logits_V = h_SBD[last, 0] @ scene.model.embedding.word_embeddings.weight.T
@@ -81,7 +81,7 @@ def test_what_was_learned_is_said(coarse_shapes_dir: Path, groups: ParallelGroup
         scene.source.builder.image_to_text(text, image=seen_image(scene, image_HW3), sample_id=0)
         for text, image_HW3 in zip([texts[0] + after_the_end, *texts[1:]], images_BHW3, strict=True)
     ]
-    batch = scene.source.assemble(documents, timestep_multiplier=1)
+    batch = scene.source.assemble([[document] for document in documents], timestep_multiplier=1)
     for _ in range(60):
         result = scene.engine.train_step([batch], learning_rate=5e-3)
     assert float(result.sums.text / result.counts.text) < 0.1

@@ -45,7 +45,7 @@ def batch(coarse_tokenizer: Tokenizer) -> Batch:
     painted = documents.text_to_image([100, 101], masked=(1, 2, 5, 7, 8, 15), seed=1)
     told = documents.image_to_text([100, 101, 102, 103], seed=2)
     also_painted = documents.text_to_image([110], masked=range(N), seed=3)
-    return documents.batch([[painted, told], [also_painted]], sequence_length=50, images_per_row=2)
+    return documents.batch([[painted, told], [also_painted]], sequence_length=50)
 
 
 def loss_sums(model: MMARModel, batch: Batch) -> LossSums:

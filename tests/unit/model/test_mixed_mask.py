@@ -48,7 +48,7 @@ def batch(documents: Documents) -> Batch:
 def packed(documents: Documents) -> Batch:
     """Two documents in one row."""
     painted, told = documents.text_to_image(TEXT[:2], masked=MASKED, seed=1), documents.image_to_text(TEXT, seed=2)
-    return documents.batch([[painted, told]], sequence_length=50, images_per_row=2)
+    return documents.batch([[painted, told]], sequence_length=50)
 
 
 def two_images(documents: Documents) -> Batch:

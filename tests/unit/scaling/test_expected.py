@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mmar_megatron.config import DataConfig, MaskRatioConfig
-from mmar_megatron.data.batch import IGNORE
 from mmar_megatron.data.codec import PatchCodec
 from mmar_megatron.data.draw import draw_mask, draw_mask_ratio
-from mmar_megatron.data.loader import DataSource
+from mmar_megatron.data.loader import TrainLoader
 from mmar_megatron.data.prepare import make_shapes
-from mmar_megatron.data.sequence import DocumentImage
-from mmar_megatron.scaling.expected import expected_masked, labels_per_caption
+from mmar_megatron.data.source import DataSource
+from mmar_megatron.scaling.expected import RowMeans, expected_masked
 
 
 @pytest.mark.parametrize(
@@ -37,28 +36,20 @@ def test_expected_masked(ratio: MaskRatioConfig) -> None:
     assert expected_masked(ratio, tokens_per_image=20) == pytest.approx(np.mean(masked), abs=4 * error + 1e-9)
 
 
-def test_labels_per_caption(tmp_path: Path) -> None:
+@pytest.mark.parametrize("packing", [False, True])
+def test_row_means_are_those_of_the_stream(tmp_path: Path, packing: bool) -> None:
     make_shapes(tmp_path / "shapes", codec=PatchCodec(image_size=32, patch_size=8), train=64, validation=16, log=lambda _: None)
-    config = DataConfig(path=str(tmp_path / "shapes"), sequence_length=16 + 4 + 21)  # so short that some captions are cut
+    length = (16 + 4 + 21) * (3 if packing else 1)  # unpacked, it is so short that some captions are cut
+    config = DataConfig(path=str(tmp_path / "shapes"), sequence_length=length, packing=packing, packing_window=100, num_workers=0)
     config.codec.patch_size = 8
     source = DataSource(config)
-    labels, cut = labels_of_documents(source)
-    assert 0 < cut < 64
-    assert labels_per_caption(source) == pytest.approx(np.mean(labels))
-
-
-def labels_of_documents(source: DataSource) -> tuple[list[float], int]:
-    """Mean labels over the captions of each training sample, counted in the documents that the model would read."""
-    nothing = np.zeros((source.codec.num_tokens, source.codec.channels), dtype=np.float32)
-    image = DocumentImage(latents_NC=nothing, masked_N=np.zeros(source.codec.num_tokens, dtype=np.bool_))
-    reader, labels, cut = source.reader("train"), [], 0
-    for number in range(len(reader)):
-        texts = [source.tokenizer.encode(text) for text in source.captions(reader.read_or_next(number)[0])]
-        documents = [source.builder.image_to_text(text, image=image, sample_id=0) for text in texts]
-        labels.append(float(np.mean([count_labels(document.labels_L) for document in documents])))
-        cut += any(len(text) > source.builder.max_text for text in texts)
-    return labels, cut
-
-
-def count_labels(labels: Sequence[int]) -> int:
-    return sum(label != IGNORE for label in labels)
+    rows = len(source.planner(seed=1).window(0, places={}).rows)
+    loader = TrainLoader(source, seed=1, timestep_multiplier=1, micro_batch_size=1, global_batch_size=1)
+    batches = list(islice(loader, rows))
+    means = RowMeans.of(source, seed=1)
+    assert means.labels == pytest.approx(np.mean([batch.num_labels for batch in batches]))
+    assert means.images == pytest.approx(np.mean([len(batch.latents_MNC) for batch in batches]))
+    assert means.painted == pytest.approx(np.mean([batch.masked_MN.any(dim=1).sum() for batch in batches]))
+    assert means.filled == pytest.approx(np.mean([(batch.document_ids_BS >= 0).sum() for batch in batches]))
+    assert (loader.state.documents, loader.state.tokens) == (100, round(rows * means.filled))
+    assert packing or loader.counts["data"].truncated > 0

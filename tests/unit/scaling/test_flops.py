@@ -169,7 +169,7 @@ def random_batch(*, levels: int) -> Batch:
         masked_MN=masked_MN,
         timesteps_MNR=torch.rand(SEQUENCES, tokens, levels),
         noise_MNRC=torch.randn(SEQUENCES, tokens, levels, CHANNELS),
-        sample_ids_B=torch.arange(SEQUENCES),
+        sample_ids_BK=torch.arange(SEQUENCES)[:, None],
     )
 
 

@@ -16,7 +16,7 @@ from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.model.mmar_model import build_model
 from mmar_megatron.parallel import ParallelGroups
-from mmar_megatron.scaling.expected import expected_masked
+from mmar_megatron.scaling.expected import RowMeans, expected_masked
 from mmar_megatron.scaling.plan import Memory, Plan, plan, stage_on_meta
 
 GEOMETRY = ImageGeometry(grid_height=4, grid_width=4, channels=12)
@@ -57,7 +57,13 @@ def config_of(*options: str) -> Config:
 
 
 def plan_of(*options: str, world_size: int | None = None) -> Plan:
-    return plan(config_of(*options), geometry=GEOMETRY, vocab_size=VOCAB, labels_per_caption=7.5, world_size=world_size)
+    return plan(
+        config_of(*options),
+        geometry=GEOMETRY,
+        vocab_size=VOCAB,
+        rows=RowMeans(images=1, labels=3.75, painted=0.5, filled=40.5),
+        world_size=world_size,
+    )
 
 
 @pytest.fixture
@@ -117,7 +123,9 @@ def test_13b_on_a_thousand_processes() -> None:
     config = parse_command_line(LARGE).config
     geometry = ImageGeometry(grid_height=16, grid_width=16, channels=16)
     start = time.perf_counter()
-    planned = plan(config, geometry=geometry, vocab_size=32000, labels_per_caption=30, world_size=1024)
+    planned = plan(
+        config, geometry=geometry, vocab_size=32000, rows=RowMeans(images=1, labels=15, painted=0.5, filled=300), world_size=1024
+    )
     assert time.perf_counter() - start < 10
     assert sum(planned.parameters.values()) == pytest.approx(13.1e9, rel=0.01)
     assert planned.parameters["backbone"] == 40 * (4 * 5120**2 + 3 * 5120 * 13824 + 2 * 5120) + 5120
@@ -183,11 +191,10 @@ def test_optimizer_is_sharded_over_data_parallel_ranks() -> None:
 
 def test_counts_of_a_step() -> None:
     planned = plan_of(*TP2, world_size=4)
-    share = 0.5 / 1.25  # of image to text, beside text to image 0.5 and image only 0.25
-    assert planned.counts.labels == round(16 * share * 7.5)
-    assert planned.counts.masked == round(16 * (1 - share) * expected_masked(MaskRatioConfig(), tokens_per_image=16))
+    assert planned.counts.labels == round(16 * 3.75)
+    assert planned.counts.masked == round(16 * 0.5 * expected_masked(MaskRatioConfig(), tokens_per_image=16))
     assert (planned.counts.sequences, planned.counts.images) == (16, 16)
-    assert planned.tokens == 16 * 48
+    assert planned.tokens == 16 * 40.5
     assert planned.microbatches == 4
 
 
@@ -208,8 +215,8 @@ def test_table() -> None:
     assert "TP 2 x PP 2 x DP 2, 2 chunks a stage = 8 processes, fp32" in table
     assert re.search(r"stage 1 +2, 4 +" + f"{planned.stages[1].parameters:,}", table)
     assert f"{sum(planned.parameters.values()):,}" in table
-    assert "16 samples of 48 positions = 768 tokens, 4 microbatches" in table
-    assert f"the run: 1,000 steps, 16,000 samples, 768,000 tokens, {1000 * planned.flops.model:.3e} FLOPs" in table
+    assert "16 sequences of 48 positions, 84.4% filled: 16 samples, 648 tokens\n  4 microbatches on each" in table
+    assert f"the run: 1,000 steps, 16,000 samples, 648,000 tokens, {1000 * planned.flops.model:.3e} FLOPs" in table
     for heading in ("parameters", "FLOPs of a step"):
         block = next(block for block in table.split("\n\n") if block.startswith(heading))
         shares = [float(share) for share in re.findall(r"([\d.]+)%", block)]

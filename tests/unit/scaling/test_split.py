@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from mmar_megatron.config import Config, parse_command_line
-from mmar_megatron.data.loader import DataSource
+from mmar_megatron.data.source import DataSource
 from mmar_megatron.model.image_geometry import ImageGeometry
-from mmar_megatron.scaling.expected import labels_per_caption
+from mmar_megatron.scaling.expected import RowMeans
 from mmar_megatron.scaling.plan import Plan, plan
 from mmar_megatron.scaling.split import PipelineCosts, split_pipeline
 from tests.distributed.common import MODEL
@@ -43,7 +43,7 @@ def plan_of(config: Config, source: DataSource) -> Plan:
         config,
         geometry=ImageGeometry.of(source.codec),
         vocab_size=source.tokenizer.vocab_size,
-        labels_per_caption=labels_per_caption(source),
+        rows=RowMeans.of(source, seed=config.seed),
     )
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from mmar_megatron.benchmarks.timing import WARM_UP, in_turn, ratio
 from tests.distributed.common import MODEL
 from tests.distributed.launch import run_group
-from tools.benchmark import WARM_UP, in_turn, ratio
 
 
 def test_actions_take_turns_and_are_all_timed() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from mmar_megatron.config import CheckpointConfig
 from mmar_megatron.data.batch import Batch
+from mmar_megatron.data.stream import StreamState
 from mmar_megatron.data.tokenizer import Tokenizer
 from mmar_megatron.parallel import ParallelGroups
 from mmar_megatron.training import checkpoint
@@ -34,9 +35,13 @@ def run_dir(tmp_path: Path, groups: ParallelGroups) -> Path:
     """Of a run that saved at steps 1, 2 and 3."""
     engine, writer = engine_of(groups), writer_of(tmp_path, groups=groups)
     for step in (1, 2, 3):
-        writer.save(engine, progress=Progress(step=step, consumed_samples=8 * step))
+        writer.save(engine, progress=progress_at(step))
     writer.close()
     return tmp_path
+
+
+def progress_at(step: int) -> Progress:
+    return Progress(step=step, stream=StreamState(row=8 * step, places={"text": 3, "pairs": 5}, plan="p", documents=8 * step))
 
 
 def at(run_dir: Path, step: int) -> Path:
@@ -123,7 +128,7 @@ def test_a_copy_under_any_name_is_one(run_dir: Path) -> None:
 
 
 def test_progress_comes_back(run_dir: Path, groups: ParallelGroups) -> None:
-    assert checkpoint.load(engine_of(groups), at(run_dir, 2), groups=groups) == Progress(step=2, consumed_samples=16)
+    assert checkpoint.load(engine_of(groups), at(run_dir, 2), groups=groups) == progress_at(2)
 
 
 def test_changed_options_are_named(run_dir: Path) -> None:
