@@ -96,7 +96,12 @@ def _out() -> argparse.ArgumentParser:
 def _common(image_size: int | None, patch_size: int | None) -> argparse.ArgumentParser:
     parser = _parent()
     parser.add_argument("--image_size", type=int, default=image_size, help="pixels along each side")
-    parser.add_argument("--patch_size", type=int, default=patch_size, help="pixels (with --vae: latents) along a token's side")
+    parser.add_argument(
+        "--patch_size",
+        type=int,
+        default=patch_size,
+        help="pixels along a token's side (shapes, emoji: 4, others: 16), or with --vae latents (1)",
+    )
     parser.add_argument("--tokenizer", help="use this one (see data.tokenizer); else one is trained on the training texts")
     parser.add_argument(
         "--vocab_size", type=int, help="of a tokenizer trained here, at most; shapes 400, emoji 3072, others 8192"

@@ -67,6 +67,7 @@ class Preparation:
     ranks: int = 1
     resume: bool = True
     log: Callable[[str], None] = print
+    _resumed: bool = False
 
     def run(self, *, dropped: dict[str, int] | None = None) -> Report | None:
         """Makes the data set, or goes on making it. Rank 0 returns the report.
@@ -110,6 +111,7 @@ class Preparation:
             examples=plan.examples,
             vocab_size=load_tokenizer(self.tokenizer or unfinished.data).vocab_size,
             seconds=time.monotonic() - begin,
+            resumed=self._resumed,
         )
         report.save(unfinished.data)
         unfinished.finish()
@@ -137,6 +139,7 @@ class Preparation:
         mine = range(self.rank, blocks, self.ranks)
         missing = [number for number in mine if not looks[number].exists()]
         if len(missing) < len(mine):
+            self._resumed = True
             self._say(f"{len(mine) - len(missing):,} of {len(mine):,} blocks were looked at before")
         progress = self._progress(sum(unfinished.block(number).records for number in missing), "records looked at")
         for records in ordered(looker, missing, workers=min(self.workers, len(missing))):
@@ -179,6 +182,7 @@ class Preparation:
         mine = my_shards(unfinished, plan)
         done = [shard for shard in mine if part_file(unfinished, shard).exists()]
         if done:
+            self._resumed = True
             self._say(f"{len(done):,} of {len(mine):,} shards were written before")
         total, before = (sum(shard.end - shard.begin for shard in shards) for shards in (mine, done))
         progress = self._progress(total, "records written", done=before)

@@ -214,6 +214,8 @@ def _samples(file: Path, data: mmap.mmap) -> Iterator[tuple[str, int, int, dict[
             raise ValueError(f"shard {file}: {name} is there twice or ends beyond the shard")
         members[kind] = position + _BLOCK, size
         position += _BLOCK + -(-size // _BLOCK) * _BLOCK
+    if position >= len(data):  # an empty block ends a tar
+        raise ValueError(f"shard {file} was cut off at {len(data):,} bytes")
     if key is not None:
         yield key, begin, position, members
 

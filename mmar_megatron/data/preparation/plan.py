@@ -6,7 +6,6 @@ Axes: n records of all blocks, in their order; k of them kept, in the order of t
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,4 +205,5 @@ def _duplicate_examples(reasons: NDArray[np.uint8], looks: _Looks, unfinished: U
 
 
 def _counts(reasons: NDArray[np.uint8]) -> dict[str, int]:
-    return {REASONS[code]: count for code, count in sorted(Counter(reasons.tolist()).items()) if code}
+    counts = np.bincount(reasons, minlength=1).tolist()
+    return {REASONS[code]: count for code, count in enumerate(counts) if code and count}

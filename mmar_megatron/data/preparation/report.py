@@ -50,6 +50,9 @@ class Report:
     caption_tokens: dict[str, Lengths]
     """By language, tokens of a caption; "text": of a content sample."""
     seconds: float
+    """Of the run that finished it."""
+    resumed: bool = False
+    """Whether an earlier run had done some of it; nothing is then said of pictures a second."""
 
     @staticmethod
     def of(directory: Path, *, index: Index, **rest: Any) -> Report:
@@ -76,8 +79,8 @@ class Report:
         (directory / REPORT_NAME).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     @property
-    def _rate(self) -> float:
-        return round(self.pictures / max(self.seconds, 1e-9), 1)
+    def _rate(self) -> float | None:
+        return None if self.resumed else round(self.pictures / max(self.seconds, 1e-9), 1)
 
     def __str__(self) -> str:
         kept = ", ".join(f"{count:,} {split}" for split, count in self.samples.items())
@@ -89,7 +92,7 @@ class Report:
         say("dropped", ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items()) or "none")
         for reason, names in self.examples.items():
             say("", f"{reason}: {', '.join(names)}" + (" ..." if self.dropped.get(reason, 0) > len(names) else ""))
-        say("pictures", f"{self.pictures:,}, {self._rate:,.0f} a second")
+        say("pictures", f"{self.pictures:,}" + ("" if self._rate is None else f", {self._rate:,.0f} a second"))
         say("shards", f"{self.bytes / 1e6:,.1f} MB")
         say("vocabulary", f"{self.vocab_size:,}")
         say("tokens", f"{self.text_tokens:,} of text, {self.image_tokens:,} of images")

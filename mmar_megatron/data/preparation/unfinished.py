@@ -58,6 +58,8 @@ class Unfinished:
         self._blocks = self.path / "blocks"
         self._lock: int | None = None
         if rank == 0 and out.exists():
+            if not self.data.exists():
+                self.remove()  # what a run left that was killed after its last step but one
             raise ValueError(f"{out} exists: remove it or choose another --out")
 
     def begin(self, source: Source, settings: dict[str, Any], *, anew: bool) -> int:

@@ -208,6 +208,7 @@ def test_killed_and_gone_on_from(folder: Path, undisturbed: Path, tmp_path: Path
     assert bool(finished) == any("shards were written before" in line for line in lines) == after.startswith("train")
     assert contents(tmp_path / "out") == contents(undisturbed)
     assert not left.exists()
+    assert json.loads((tmp_path / "out" / REPORT_NAME).read_text())["pictures_per_second"] is None
 
 
 def test_other_settings_or_inputs_are_not_gone_on_with(
@@ -258,6 +259,15 @@ def test_another_process_is_at_it(folder: Path, tmp_path: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match=r"another process is preparing .*out: wait for it, or choose another --out"):
             prepare(tmp_path / "out", source(folder), **RULES)
+
+
+def test_killed_after_the_last_step_but_one(folder: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """The data set has its name and what is beside it was not removed: the next run does that, and says that it is there."""
+    out = Path(shutil.copytree(undisturbed, tmp_path / "out"))
+    (tmp_path / ".out.unfinished" / "looks").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"out exists: remove it or choose another --out"):
+        prepare(out, source(folder), **RULES)
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_equal_names_and_nothing_left(tmp_path: Path) -> None:

@@ -147,6 +147,13 @@ def test_tars_that_are_not_ours(copied: Path) -> None:
         rebuild_index(copied.parent, codec=CODEC, tokenizer=tokenizer_file())
 
 
+def test_a_shard_cut_between_two_samples(copied: Path) -> None:
+    index = Index.load(copied)
+    truncate(copied / FIRST, int(index.offset[1]))
+    with pytest.raises(ValueError, match=rf"{FIRST} was cut off at [\d,]+ bytes: copy or prepare the data set anew"):
+        rebuild_index(copied, codec=None, tokenizer=tokenizer_file())
+
+
 def test_opening_a_large_index_costs_little(tmp_path: Path) -> None:
     samples, per_shard = 2_000_000, 4096
     shards: list[Shard] = []
