@@ -218,11 +218,7 @@ class Index:
             ValueError: there is none, it is not whole, or it has another format version.
         """
         files = files or LocalFiles(directory)
-        if files.size(INDEX_NAME) is None:
-            raise ValueError(
-                f"no data set at {directory}: make one with `python tools/prepare_data.py shapes --out {directory}` (or `emoji`)"
-            )
-        content = _read_header(directory, files)
+        content = read_header(directory, files)
         local = {}
         for name, column in content["columns"].items():
             path = column_path(name)
@@ -247,7 +243,16 @@ def column_path(name: str) -> str:
     return f"{COLUMN_FOLDER}/{name}.npy"
 
 
-def _read_header(directory: str | Path, files: Files) -> dict[str, Any]:
+def read_header(directory: str | Path, files: Files) -> dict[str, Any]:
+    """The content of index.json, without the columns.
+
+    Raises:
+        ValueError: there is none, it is not whole, or it has another format version.
+    """
+    if files.size(INDEX_NAME) is None:
+        raise ValueError(
+            f"no data set at {directory}: make one with `python tools/prepare_data.py shapes --out {directory}` (or `emoji`)"
+        )
     name = f"{directory}/{INDEX_NAME}"
     try:
         content = json.loads(files.local(INDEX_NAME).read_bytes())
