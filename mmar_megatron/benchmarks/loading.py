@@ -57,8 +57,8 @@ def compare_loaders(options: Sequence[str], *, microbatches: int, cold: bool, ro
     with ExitStack() as stack:
         loaders = [stack.enter_context(closing(iter(_loader(made_into, config)))) for made_into in (unpacked, packed)]
         taken = {
-            "webdataset": map(_samples, _in_order(tars, config)),
-            "random_access": map(_samples, _at_random(unpacked, config)),
+            "webdataset": map(_samples, in_order(tars, config)),
+            "random_access": map(_samples, at_random(unpacked, config)),
             "unpacked": map(_documents, loaders[0]),
             "packed": map(_documents, loaders[1]),
         }
@@ -110,7 +110,7 @@ class Decoded(NamedTuple):
     arrays: list[NDArray[Any]]
 
 
-def _in_order(tars: Sequence[Path], config: Config) -> Iterator[list[Any]]:
+def in_order(tars: Sequence[Path], config: Config) -> Iterator[list[Any]]:
     """By webdataset, over and over; each worker has its own tars."""
     workers = config.data.num_workers
     if len(tars) < workers:
@@ -140,7 +140,7 @@ def _collate(samples: list[Decoded]) -> list[Any]:
     ]
 
 
-def _at_random(source: DataSource, config: Config) -> Iterator[list[Any]]:
+def at_random(source: DataSource, config: Config) -> Iterator[list[Any]]:
     """The samples of the training stream, and nothing made of them."""
     dataset = _RandomAccess(source, seed=config.seed, size=config.train.micro_batch_size)
     return iter(DataLoader(dataset, batch_size=None, sampler=count(), num_workers=config.data.num_workers))

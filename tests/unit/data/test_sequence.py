@@ -1,5 +1,7 @@
 import itertools
+import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,18 @@ def test_batch_of_one_document_and_an_empty_row(tokenizer: Tokenizer) -> None:
     assert set(batch.document_ids_BS[0].tolist()) == {-1}
     assert batch.num_labels == 0
     assert batch.num_masked == 3
+
+
+@pytest.mark.parametrize("rows", [1, 0])
+def test_a_batch_that_was_sent_to_another_process_is_the_same(tokenizer: Tokenizer, rows: int) -> None:
+    document = build(tokenizer).text_to_image(TEXT, image=image([True, False, True, True]), sample_id=9)
+    batch = batch_of([[document, document]] * rows + [[]], tokenizer.pad_id)
+    for sent in (batch, replace(batch, teacher_MNF=torch.rand(len(batch.latents_MNC), N, 5))):
+        received = pickle.loads(pickle.dumps(sent))
+        assert vars(received).keys() == vars(sent).keys()
+        for name, tensor in vars(sent).items():
+            found = getattr(received, name)
+            assert (found is None) if tensor is None else (torch.equal(found, tensor) and found.dtype == tensor.dtype)
 
 
 def test_two_documents_in_a_row(tokenizer: Tokenizer) -> None:

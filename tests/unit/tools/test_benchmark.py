@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from itertools import islice, repeat
 from pathlib import Path
 
 import pytest
 
+from mmar_megatron.benchmarks.indexing import locality, measure_index
+from mmar_megatron.benchmarks.loading import Reading, at_random, in_order
 from mmar_megatron.benchmarks.timing import WARM_UP, in_turn, ratio
+from mmar_megatron.config import DataConfig, parse_command_line
+from mmar_megatron.data.source import DataSource
 from tests.distributed.common import MODEL
 from tests.distributed.launch import run_group
 
@@ -40,3 +45,52 @@ def test_both_kinds(coarse_shapes_dir: Path, tmp_path: Path) -> None:
     assert found["bytes"] > 1_000_000
     assert min(found[name] for name in ("foreground_s", "background_s", "verify_s")) > 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_lay_ready_does_not_count() -> None:
+    reading = Reading(repeat(24), microbatches=6, workers=1)
+    for _ in range(WARM_UP + 2):
+        reading()
+    assert reading.samples_per_s([2.0, 3.0]) == pytest.approx([6 * 24 / 2, 6 * 24 / 3])
+
+
+@pytest.mark.distributed
+def test_loader(coarse_shapes_dir: Path) -> None:
+    options = ["--rounds", "2", "--microbatches", "2", "--cold", *MODEL, "--data.path", str(coarse_shapes_dir)]
+    options += ["--data.num_workers", "1", "--data.sequence_length", "96"]
+    found = json.loads(run_group("tools/benchmark.py", "loader", *options, nproc=1).splitlines()[-1])
+    assert found["samples_per_s"].keys() == {"webdataset", "random_access", "unpacked", "packed", "step"}
+    assert min(found["samples_per_s"].values()) > 0
+    assert (found["cold"], found["workers"], found["packing"]) == (True, 1, False)
+    for name in ("random_access_to_webdataset", "loader_to_step"):
+        assert found[name]["ratio_quartiles"][0] <= found[name]["ratio"] <= found[name]["ratio_quartiles"][1]
+
+
+def test_both_ways_of_reading_give_the_same_samples(coarse_shapes_dir: Path) -> None:
+    config = parse_command_line([*MODEL, "--data.path", str(coarse_shapes_dir)]).config
+    source = DataSource(config.data)
+    (tar,) = coarse_shapes_dir.glob("train-*.tar")
+    of_epoch = len(source.reader("train")) // config.train.micro_batch_size
+    both = (islice(reading, of_epoch) for reading in (in_order([tar], config), at_random(source, config)))
+    first, second = (
+        {
+            json.dumps(metadata): image.tolist()
+            for texts, images, _ in reading
+            for metadata, image in zip(texts, images, strict=True)
+        }
+        for reading in both
+    )
+    assert first == second
+
+
+def test_larger_blocks_are_read_from_fewer_places() -> None:
+    far, near = (locality(DataConfig(shuffle_block=block, shuffle_pool=4096), samples=1_000_000, seed=1) for block in (16, 1024))
+    assert 250 < far["contiguous_ranges_in_a_pool"] <= 256  # two of its blocks may be neighbours by chance
+    assert 2 <= near["contiguous_ranges_in_a_pool"] <= 4
+    assert far["shards_in_1000_reads"] > 100 > 10 > near["shards_in_1000_reads"]
+
+
+def test_index_of_samples_that_are_not_there() -> None:
+    found = measure_index([*MODEL, "--data.sequence_length", "256"], samples=20_000, windows=3)
+    assert found["samples"] == 20_000
+    assert min(found[name] for name in ("open_s", "first_window_s", "last_window_s", "window_s")) > 0
