@@ -157,7 +157,7 @@ def gather_set(opened: DataSet) -> SetFacts:
         images=Histogram.of(images, name="Images of a sample", unit="images"),
         aspects=aspects,
         aspects_read=read,
-        report=read_report(opened.files),
+        report=read_report(opened.storage),
     )
 
 
@@ -255,7 +255,7 @@ def _aspects(opened: DataSet) -> tuple[Histogram | None, int]:
     for split in SPLITS:
         if not index.count(split):
             continue
-        reader = ShardReader(opened.path, index=index, split=split, files=opened.files)
+        reader = ShardReader(opened.path, index=index, split=split, storage=opened.storage)
         numbers = evenly(len(reader), most=max(1, round(MOST_READ * len(reader) / len(index))))
         for number in numbers:
             try:
@@ -292,12 +292,12 @@ def original_aspect(metadata: Mapping[str, Any]) -> float | None:
     return found[0] / found[1] if found else None
 
 
-def read_report(files: Storage) -> dict[str, Any] | None:
+def read_report(storage: Storage) -> dict[str, Any] | None:
     """What preparation wrote beside the index; None where there is none that can be read."""
-    if files.size(REPORT_NAME) is None:
+    if storage.size(REPORT_NAME) is None:
         return None
     try:
-        report = json.loads(files.local(REPORT_NAME).read_bytes())
+        report = json.loads(storage.local(REPORT_NAME).read_bytes())
     except ValueError:
         return None
     return report if isinstance(report, dict) else None

@@ -65,11 +65,11 @@ def open_directory(
     """
     from mmar_megatron.config import DataConfig
 
-    files = open_storage(path)
-    header = read_header(path, files)
-    if tokenizer is None and all(files.size(f"tokenizer.{kind}") is None for kind in ("model", "json")):
+    storage = open_storage(path)
+    header = read_header(path, storage)
+    if tokenizer is None and all(storage.size(f"tokenizer.{kind}") is None for kind in ("model", "json")):
         raise ValueError(f"{path} holds no tokenizer: give the one that it was made with as --tokenizer")
-    files.close()
+    storage.close()
     config: DataConfig = DataConfig(
         path=path,
         tokenizer=tokenizer,

@@ -160,7 +160,7 @@ def test_a_url(talks_dir: Path) -> None:
         facts, expected = gather_set(source.sets[0]), gather_set(open_directory(str(talks_dir)).sets[0])
         assert replace(facts, path="", index=expected.index) == replace(expected, path="")
         assert gather_samples(source, source.sets[0], most=4)[0].key == "talk_00"
-        source.sets[0].files.close()
+        source.sets[0].storage.close()
 
 
 def test_a_directory_without_tokenizer(shapes_copy: Path, shapes_dir: Path) -> None:
