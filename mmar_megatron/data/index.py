@@ -161,11 +161,7 @@ class Index:
             ValueError: there is none, it is not whole, or it has another format version.
         """
         storage = storage or open_storage(directory)
-        if storage.size(INDEX_NAME) is None:
-            raise ValueError(
-                f"no data set at {directory}: make one with `python tools/prepare_data.py shapes --out {directory}` (or `emoji`)"
-            )
-        content = _read_header(directory, storage)
+        content = read_header(directory, storage)
         sizes = storage.sizes([column_path(name) for name in content["columns"]])
         local = {}
         for name, column in content["columns"].items():
@@ -191,7 +187,16 @@ def column_path(name: str) -> str:
     return f"{COLUMN_FOLDER}/{name}.npy"
 
 
-def _read_header(directory: str | Path, storage: Storage) -> dict[str, Any]:
+def read_header(directory: str | Path, storage: Storage) -> dict[str, Any]:
+    """The content of index.json, without the columns.
+
+    Raises:
+        ValueError: there is none, it is not whole, or it has another format version.
+    """
+    if storage.size(INDEX_NAME) is None:
+        raise ValueError(
+            f"no data set at {directory}: make one with `python tools/prepare_data.py shapes --out {directory}` (or `emoji`)"
+        )
     name = f"{directory}/{INDEX_NAME}"
     try:
         content = json.loads(storage.local(INDEX_NAME).read_bytes())

@@ -50,16 +50,17 @@ class DataSource:
     Args:
         config: the data section.
         teacher: whether documents carry the features of the alignment teacher, which all sets with pictures must then hold.
+        codec: in place of the configured one.
 
     Raises:
         ValueError: nothing is there, or it was made with another tokenizer or codec, or lacks all of the languages, or features
             or mirrored latents that are asked for.
     """
 
-    def __init__(self, config: DataConfig, *, teacher: bool = False) -> None:
+    def __init__(self, config: DataConfig, *, teacher: bool = False, codec: ImageCodec | None = None) -> None:
         self.config = config
         self.sets = [*_open_all(config)]
-        self.codec: ImageCodec = build_codec(config.codec)
+        self.codec: ImageCodec = codec or build_codec(config.codec)
         self._tokenizer_path = config.tokenizer or self.sets[0].path
         self.tokenizer: Tokenizer = self._load_tokenizer()
         self.builder = DocumentBuilder(self.tokenizer, num_tokens=self.codec.num_tokens, sequence_length=config.sequence_length)
