@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ from mmar_megatron.data.preparation.unfinished import atomically, read_block
 BY_HASH = len(SPLITS)
 """In the column `split`: the plan decides."""
 _EXAMPLES = 3
+_NOT_THERE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 @dataclass
@@ -134,7 +136,9 @@ class Looker:
             return
         try:
             encoded = read_picture(picture)
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        except OSError as error:
+            if error.errno not in _NOT_THERE:
+                raise
             raise PictureFault(NO_PICTURE) from error
         except ValueError as error:
             raise PictureFault(UNDECODABLE) from error

@@ -128,6 +128,15 @@ def key_of(name: str) -> str:
     return f"{plain[-63:].strip('_')}-{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}"
 
 
+def is_unicode(text: str) -> bool:
+    """Whether it has no lone surrogates: file names in another encoding have them, and texts cut in the midst of an emoji."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def hash_of(text: str) -> int:
     """64 bits, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
