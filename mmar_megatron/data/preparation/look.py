@@ -29,6 +29,7 @@ from mmar_megatron.data.preparation.records import (
     Raw,
     Source,
     hash_of,
+    is_unicode,
     key_of,
     read_picture,
 )
@@ -116,6 +117,8 @@ class Looker:
     def _judge(self, raw: Raw, keys: Any, thumbnail: Any) -> str:
         if raw.fault:
             return raw.fault
+        if not is_unicode(json.dumps([raw.captions, raw.content, raw.extra], ensure_ascii=False)):
+            return UNFIT
         if raw.content is None and not raw.captions:
             return NO_CAPTION
         if raw.content is None and not raw.texts:

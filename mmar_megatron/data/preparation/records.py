@@ -125,7 +125,7 @@ def key_of(name: str) -> str:
     plain = re.sub(r"[^A-Za-z0-9_-]+", "_", name)
     if plain == name and len(name) <= 80:
         return name
-    return f"{plain[-63:].strip('_')}-{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}"
+    return f"{plain[-63:].strip('_')}-{hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).hexdigest()}"
 
 
 def is_unicode(text: str) -> bool:
@@ -139,7 +139,7 @@ def is_unicode(text: str) -> bool:
 
 def hash_of(text: str) -> int:
     """64 bits, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
 """What people's collections hold beside pictures and captions."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
+from mmar_megatron.data.preparation.documents import DocumentSource
 from mmar_megatron.data.preparation.folders import FolderSource
 from mmar_megatron.data.preparation.records import CaptionFields
+from mmar_megatron.data.preparation.tables import TableSource
 from tests.unit.data.sources import picture, prepare, samples_of
 
 EN = CaptionFields.parse(["en=caption"])
@@ -39,3 +42,25 @@ def test_a_name_in_another_encoding_is_named(tmp_path: Path) -> None:
         file.write(picture(2))
     with pytest.raises(ValueError, match=r"in holds b'k\\xe4se.jpg', whose name is not UTF-8: rename it"):
         prepare(tmp_path / "out", FolderSource(pictures, captions=EN, language="en"))
+
+
+def rows_file(file: Path, *rows: object) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_half_of_a_surrogate_pair_is_unfit(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(picture(0))
+    (tmp_path / "b.jpg").write_bytes(picture(1))
+    table = rows_file(
+        tmp_path / "t.jsonl",
+        {"image": "a.jpg", "caption": "cut \ud83d", "note": ""},
+        {"image": "a.jpg", "caption": "one", "note": "\ude00"},
+        {"image": "a\ud83d.jpg", "caption": "one", "note": ""},
+        {"image": "a.jpg", "caption": "one", "note": ""},
+        {"image": "b.jpg", "caption": "two", "note": ""},
+    )
+    report = prepare(tmp_path / "pairs", TableSource([table], captions=EN, image="image", keep=["note"]))
+    assert report.dropped == {"unfit content": 2, "undecodable picture": 1}
+    texts = rows_file(tmp_path / "x.jsonl", {"text": "cut \ud83d"}, {"text": "one"}, {"text": "two"})
+    assert prepare(tmp_path / "texts", DocumentSource([texts], kind="text")).dropped == {"unfit content": 1}
