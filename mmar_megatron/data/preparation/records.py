@@ -125,7 +125,8 @@ def key_of(name: str) -> str:
     plain = re.sub(r"[^A-Za-z0-9_-]+", "_", name)
     if plain == name and len(name) <= 80:
         return name
-    return f"{plain[-63:].strip('_')}-{hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).hexdigest()}"
+    hashed = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).hexdigest()
+    return f"{plain[-63:].strip('_')}-{hashed}"
 
 
 def is_unicode(text: str) -> bool:
