@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ class TableSource:
         group: str | None = None,
         keep: Sequence[str] = (),
     ) -> None:
+        if bad := {"captions", "content"} & set(keep):
+            raise ValueError(f"--keep {min(bad)} would take the place of what the loader reads: rename the column, or leave it out")
         self._captions, self._image, self._images = captions, image, images and Path(images)
         self._key, self._group, self._keep = key, group, keep
         named = [name for name in (key, group, *keep) if name]
@@ -85,9 +88,20 @@ class TableSource:
                 captions=captions,
                 pictures=[] if picture is None else [picture],
                 group=None if group is None else str(group),
-                extra={column: row.get(column) for column in self._keep},
+                extra={column: _as_json(row.get(column), column) for column in self._keep},
                 fault=fault if picture is not None else NO_PICTURE,
             )
+
+
+def _as_json(value: Any, column: str) -> Any:
+    """What of Parquet's values json does not take (dates, decimals) as text."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, bytes):
+            raise ValueError(f"--keep {column} holds bytes, which json cannot: leave it out")
+        return str(value)
+
+    return json.loads(json.dumps(value, default=text))
 
 
 def picture_in(value: Any, *, folder: Path) -> tuple[Picture | None, str | None]:

@@ -1,9 +1,12 @@
 """What people's collections hold beside pictures and captions."""
 
+import datetime
 import json
 import os
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from mmar_megatron.data.preparation.documents import DocumentSource
@@ -64,3 +67,24 @@ def test_half_of_a_surrogate_pair_is_unfit(tmp_path: Path) -> None:
     assert report.dropped == {"unfit content": 2, "undecodable picture": 1}
     texts = rows_file(tmp_path / "x.jsonl", {"text": "cut \ud83d"}, {"text": "one"}, {"text": "two"})
     assert prepare(tmp_path / "texts", DocumentSource([texts], kind="text")).dropped == {"unfit content": 1}
+
+
+def test_what_is_kept_is_json_and_replaces_nothing(tmp_path: Path) -> None:
+    columns = {
+        "image": [picture(0), picture(1)],
+        "caption": ["one", "two"],
+        "when": [datetime.date(2020, 1, 31), None],
+        "raw": [b"x", b"y"],
+        "content": ["x", "y"],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+
+    def source(*keep: str) -> TableSource:
+        return TableSource([tmp_path / "t.parquet"], captions=EN, image="image", keep=keep)
+
+    prepare(tmp_path / "out", source("when"))
+    assert {sample.metadata["when"] for sample in samples_of(tmp_path / "out").values()} == {"2020-01-31", None}
+    with pytest.raises(ValueError, match=r"--keep raw holds bytes, which json cannot: leave it out"):
+        prepare(tmp_path / "bytes", source("raw"))
+    with pytest.raises(ValueError, match=r"--keep content would take the place of what the loader reads"):
+        source("content")
