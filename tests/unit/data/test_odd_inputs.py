@@ -88,3 +88,26 @@ def test_what_is_kept_is_json_and_replaces_nothing(tmp_path: Path) -> None:
         prepare(tmp_path / "bytes", source("raw"))
     with pytest.raises(ValueError, match=r"--keep content would take the place of what the loader reads"):
         source("content")
+
+
+def test_rows_of_json_need_not_all_be_alike(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(picture(0))
+    (tmp_path / "b.jpg").write_bytes(picture(1))
+    rows = rows_file(tmp_path / "t.jsonl", 5, {"image": "a.jpg"}, *({"caption": "one", "image": f"{name}.jpg"} for name in "ab"))
+    report = prepare(tmp_path / "out", TableSource([rows], captions=EN, image="image"))
+    assert (report.pictures, report.dropped) == (2, {"missing caption": 1, "unfit content": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", b"image,caption\na.jpg,one\rtwo\nb.jpg,two\n", r"t.csv is no table before byte 28 \(new-line .*\): quote the field"),
+        ("t.csv", b"image,caption\ra.jpg,one\r", r"t.csv is no table before byte 24 \(new-line .*\): quote the field"),
+        ("t.json", b'[{"image": "a.jpg", "caption": "\xe4"}]', r"t.json is not UTF-8 \(.*\): convert it"),
+        ("t.jsonl", b"5\n", r"t.jsonl has no rows, or none with named fields: name one that has"),
+    ],
+)
+def test_files_that_are_no_tables_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        prepare(tmp_path / "out", TableSource([tmp_path / name], captions=EN, image="image"))
