@@ -60,7 +60,7 @@ def read_picture(picture: Path | Piece | bytes | Encoded) -> bytes:
         case Path():
             return picture.read_bytes()
         case Encoded():
-            return base64.b64decode(picture.text.rpartition("base64,")[2], validate=True)
+            return base64.b64decode("".join(picture.text.rpartition("base64,")[2].split()), validate=True)
         case Piece():
             with picture.file.open("rb") as file:
                 return os.pread(file.fileno(), picture.size, picture.offset)

@@ -12,6 +12,8 @@ from mmar_megatron.data.preparation.rows import Rows
 from mmar_megatron.data.preparation.tars import prefixes
 
 _LONGEST_PATH = 4096
+_BASE64 = ("data:", "iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
+"""How PNG, JPEG, GIF and WebP begin in base64, which of a small picture may be shorter than a path."""
 
 
 class TableSource:
@@ -120,6 +122,6 @@ def picture_in(value: Any, *, folder: Path) -> tuple[Picture | None, str | None]
         return value, None
     if not isinstance(value, str) or not value:
         return None, None
-    if value.startswith("data:") or len(value) > _LONGEST_PATH:
+    if value.startswith(_BASE64) or len(value) > _LONGEST_PATH:
         return Encoded(value), None
     return folder / value, value

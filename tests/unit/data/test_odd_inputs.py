@@ -1,5 +1,6 @@
 """What people's collections hold beside pictures and captions."""
 
+import base64
 import datetime
 import json
 import os
@@ -9,11 +10,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from mmar_megatron.data.content import conversation_parts
 from mmar_megatron.data.preparation.documents import DocumentSource
 from mmar_megatron.data.preparation.folders import FolderSource
 from mmar_megatron.data.preparation.records import CaptionFields
 from mmar_megatron.data.preparation.tables import TableSource
-from tests.unit.data.sources import picture, prepare, samples_of
+from tests.unit.data.sources import encoded, picture, prepare, samples_of, scene
 
 EN = CaptionFields.parse(["en=caption"])
 
@@ -111,3 +113,27 @@ def test_files_that_are_no_tables_are_named(tmp_path: Path, name: str, content: 
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         prepare(tmp_path / "out", TableSource([tmp_path / name], captions=EN, image="image"))
+
+
+def test_base64_in_lines_and_shorter_than_a_path(tmp_path: Path) -> None:
+    small = encoded(scene(0, width=16, height=12), format="PNG")
+    other = encoded(scene(1, width=16, height=12), format="PNG")
+    lines = base64.encodebytes(other).decode()
+    assert len(lines) < 4096
+    rows = rows_file(
+        tmp_path / "t.jsonl",
+        {"image": base64.b64encode(small).decode(), "caption": "one"},
+        {"image": f"data:image/png;base64,{lines}", "caption": "two"},
+    )
+    report = prepare(tmp_path / "out", TableSource([rows], captions=EN, image="image"))
+    assert (report.pictures, report.dropped) == (2, {})
+
+
+def test_of_one_record_none_is_held_out(tmp_path: Path) -> None:
+    report = prepare(tmp_path / "out", FolderSource(folder(tmp_path / "in", "a"), captions=EN, language="en"))
+    assert report.samples == {"train": 1, "validation": 0}
+
+
+def test_a_system_that_says_nothing_is_no_conversation() -> None:
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    assert conversation_parts([{"from": "system", "value": None}, *turns], pictures=0) is None
