@@ -75,7 +75,7 @@ class Unfinished:
             return int(json.loads(file.read_text())["blocks"])
         self.path.mkdir(parents=True, exist_ok=True)
         self._take_lock()
-        if anew:
+        if anew or not self.data.exists():  # which one that was killed while it removed the rest has given its name
             for left_over in [file, self.path / "plan.json", *self.looks.glob("*.json"), *self.parts.glob("*.json")]:
                 left_over.unlink(missing_ok=True)
             shutil.rmtree(self.data, ignore_errors=True)

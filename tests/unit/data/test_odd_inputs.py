@@ -4,6 +4,7 @@ import base64
 import datetime
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pyarrow
@@ -15,7 +16,8 @@ from mmar_megatron.data.preparation.documents import DocumentSource
 from mmar_megatron.data.preparation.folders import FolderSource
 from mmar_megatron.data.preparation.records import CaptionFields
 from mmar_megatron.data.preparation.tables import TableSource
-from tests.unit.data.sources import encoded, picture, prepare, samples_of, scene
+from mmar_megatron.data.preparation.unfinished import Unfinished
+from tests.unit.data.sources import contents, encoded, picture, prepare, samples_of, scene
 
 EN = CaptionFields.parse(["en=caption"])
 
@@ -137,3 +139,14 @@ def test_of_one_record_none_is_held_out(tmp_path: Path) -> None:
 def test_a_system_that_says_nothing_is_no_conversation() -> None:
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     assert conversation_parts([{"from": "system", "value": None}, *turns], pictures=0) is None
+
+
+def test_killed_after_the_data_set_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = FolderSource(folder(tmp_path / "in", "abcd"), captions=EN, language="en")
+    with monkeypatch.context() as patch:
+        patch.setattr(Unfinished, "remove", Unfinished.release)
+        prepare(tmp_path / "out", source)
+    expected = contents(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    prepare(tmp_path / "out", source)
+    assert contents(tmp_path / "out") == expected
