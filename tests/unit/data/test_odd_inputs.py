@@ -2,6 +2,7 @@
 
 import base64
 import datetime
+import io
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from mmar_megatron.data.content import conversation_parts
+from mmar_megatron.data.index import Index
 from mmar_megatron.data.preparation.documents import DocumentSource
 from mmar_megatron.data.preparation.folders import FolderSource
 from mmar_megatron.data.preparation.records import CaptionFields
@@ -150,3 +152,17 @@ def test_killed_after_the_data_set_has_its_name(tmp_path: Path, monkeypatch: pyt
     shutil.rmtree(tmp_path / "out")
     prepare(tmp_path / "out", source)
     assert contents(tmp_path / "out") == expected
+
+
+def test_the_locale_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = FolderSource(folder(tmp_path / "Käse", "abcd"), captions=EN, language="en")
+    monkeypatch.setattr(io, "text_encoding", lambda encoding, stacklevel=2: encoding or "ascii")  # what files are opened with
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Unfinished, "finish", lambda self: raise_(KeyboardInterrupt))
+        prepare(tmp_path / "out", source)
+    prepare(tmp_path / "out", source)
+    assert Index.load(tmp_path / "out").made_by["directory"] == str(tmp_path / "Käse")
+
+
+def raise_(error: type[BaseException]) -> None:
+    raise error
