@@ -171,7 +171,7 @@ def main() -> None:
     try:
         if report := run(args):
             print(report)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped: the same command goes on from here")

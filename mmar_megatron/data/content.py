@@ -74,11 +74,13 @@ def conversation_parts(turns: Any, *, pictures: int) -> list[dict[str, Any]] | N
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return None
     said = [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in turns]
+    if not all(isinstance(text, str) for _, text in said):
+        return None
     parts: list[dict[str, Any]] = []
     if said and said[0][0] == "system":
         parts = [{"text": f"{said.pop(0)[1]}\n"}]
     roles = [_ASKS, _ANSWERS] * (len(said) // 2)
-    if not said or len(said) % 2 or not all(isinstance(text, str) for _, text in said):
+    if not said or len(said) % 2:
         return None
     if not all(role in expected for (role, _), expected in zip(said, roles, strict=True)):
         return None

@@ -236,7 +236,7 @@ def write_index(
     values = {"format_version": FORMAT_VERSION, **header, "columns": written, "shards": [asdict(shard) for shard in shards]}
     content = {f.name: values[f.name] for f in fields(Index) if f.name != "files"}
     unfinished = directory / f".{INDEX_NAME}.unfinished"
-    unfinished.write_text(json.dumps(content, separators=(",", ":"), ensure_ascii=False))
+    unfinished.write_bytes(json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode())
     unfinished.replace(directory / INDEX_NAME)
     return Index.load(directory)
 

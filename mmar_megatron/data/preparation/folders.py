@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mmar_megatron.data.preparation.records import NO_CAPTION, UNFIT, Block, CaptionFields, Raw
+from mmar_megatron.data.preparation.records import NO_CAPTION, UNFIT, Block, CaptionFields, Raw, is_unicode
 
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 BLOCK_RECORDS = 1024
@@ -59,8 +59,11 @@ class FolderSource:
         while entries := list(islice(pictures, BLOCK_RECORDS)):
             rows = []
             for entry in entries:
-                stat = entry.stat()
-                rows.append([os.path.relpath(entry.path, self._directory), stat.st_size, stat.st_mtime_ns])
+                name = os.path.relpath(entry.path, self._directory)
+                if not is_unicode(name):
+                    raise ValueError(f"{self._directory} holds {os.fsencode(name)!r}, whose name is not UTF-8: rename it")
+                stat = entry.stat(follow_symlinks=os.path.exists(entry.path))  # a link may lead nowhere
+                rows.append([name, stat.st_size, stat.st_mtime_ns])
             yield Block(len(rows), rows)
 
     def inputs(self) -> Iterator[Path]:
@@ -80,10 +83,7 @@ class FolderSource:
 
 
 def _content(file: Path) -> bytes | None:
-    try:
-        return file.read_bytes()
-    except FileNotFoundError:
-        return None
+    return file.read_bytes() if file.is_file() else None
 
 
 def captions_beside(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from mmar_megatron.data.preparation.records import (
     Raw,
     Source,
     hash_of,
+    is_unicode,
     key_of,
     read_picture,
 )
@@ -38,6 +40,7 @@ BY_HASH = len(SPLITS)
 _EXAMPLES = 3
 _MOST_LANGUAGES = 64
 """Of a block: bits of a column."""
+_NOT_THERE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 @dataclass
@@ -120,6 +123,8 @@ class Looker:
     def _judge(self, raw: Raw, keys: Any, thumbnail: Any) -> str:
         if raw.fault:
             return raw.fault
+        if not is_unicode(json.dumps([raw.captions, raw.content, raw.extra], ensure_ascii=False)):
+            return UNFIT
         if raw.content is None and not raw.captions:
             return NO_CAPTION
         if raw.content is None and not raw.texts:
@@ -140,7 +145,9 @@ class Looker:
             return
         try:
             encoded = read_picture(picture)
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        except OSError as error:
+            if error.errno not in _NOT_THERE:
+                raise
             raise PictureFault(NO_PICTURE) from error
         except ValueError as error:
             raise PictureFault(UNDECODABLE) from error

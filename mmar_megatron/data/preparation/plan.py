@@ -174,13 +174,16 @@ def _gather_thumbnails(folder: Path, blocks: NDArray[np.uint32], rows: NDArray[n
 def _held_out(groups: NDArray[np.uint64], splits: NDArray[np.uint8], *, share: float) -> NDArray[np.bool_]:
     """Which kept records are for validation: where the source does not say, a share of the groups, by their hashes.
 
-    A record's split does not depend on what else there is, except that of few records one group at least is held out.
+    A record's split does not depend on what else there is, except that of few records one group at least is held out, and none
+    where nothing would be left to train on.
     """
     free = splits == BY_HASH
     held_out = splits == SPLITS.index("validation")
     if share and free.any():
         threshold = max(np.uint64(share * 2.0**64), groups[free].min())
-        held_out |= free & (groups <= threshold)
+        by_hash = free & (groups <= threshold)
+        if not (held_out | by_hash).all():
+            held_out |= by_hash
     return held_out
 
 

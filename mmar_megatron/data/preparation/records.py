@@ -60,7 +60,7 @@ def read_picture(picture: Path | Piece | bytes | Encoded) -> bytes:
         case Path():
             return picture.read_bytes()
         case Encoded():
-            return base64.b64decode(picture.text.rpartition("base64,")[2], validate=True)
+            return base64.b64decode("".join(picture.text.rpartition("base64,")[2].split()), validate=True)
         case Piece():
             with picture.file.open("rb") as file:
                 return os.pread(file.fileno(), picture.size, picture.offset)
@@ -125,12 +125,22 @@ def key_of(name: str) -> str:
     plain = re.sub(r"[^A-Za-z0-9_-]+", "_", name)
     if plain == name and len(name) <= 80:
         return name
-    return f"{plain[-63:].strip('_')}-{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}"
+    hashed = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).hexdigest()
+    return f"{plain[-63:].strip('_')}-{hashed}"
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it has no lone surrogates: file names in another encoding have them, and texts cut in the midst of an emoji."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def hash_of(text: str) -> int:
     """64 bits, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
 
 
 @dataclass(frozen=True)

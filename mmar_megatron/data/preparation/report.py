@@ -76,7 +76,7 @@ class Report:
         content = {**asdict(self), "directory": str(self.directory)}
         content["caption_tokens"] = {language: lengths._asdict() for language, lengths in self.caption_tokens.items()}
         content["pictures_per_second"] = self._rate
-        (directory / REPORT_NAME).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        (directory / REPORT_NAME).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @property
     def _rate(self) -> float | None:

@@ -68,7 +68,7 @@ class Rows:
             yield number, first + row, content
 
     def column_names(self, number: int) -> list[str]:
-        """Of a file; of JSON, those of its first row."""
+        """Of a file; of JSON, those that the rows of its first block have."""
         file = self.files[number]
         if file.suffix in PARQUET:
             return list(_open_parquet(file).schema_arrow.names)
@@ -77,15 +77,15 @@ class Rows:
         records, place = next(_blocks(file), (0, None))
         if not records:
             return []
-        _, _, row = next(self.read(Block(records, [number, 0, place]), [0]))
-        return list(row or ())
+        rows = self.read(Block(records, [number, 0, place]))
+        return list(dict.fromkeys(name for _, _, row in rows for name in row or ()))
 
     def check_columns(self, names: Sequence[str], *, option: str) -> None:
         """Raises ValueError where a file lacks one of the columns, or has no rows."""
         for number, file in enumerate(self.files):
             there = self.column_names(number)
             if not there:
-                raise ValueError(f"{file} has no rows: name one that has")
+                raise ValueError(f"{file} has no rows, or none with named fields: name one that has")
             if missing := [name for name in names if name not in there]:
                 raise ValueError(f"{file} has no column {missing[0]!r}, but {', '.join(there)}: name one of them with {option}")
 
@@ -155,7 +155,10 @@ class _Lines:
     def rows(self) -> Iterator[list[str]]:
         """Of a table; the reader takes no line more than a row has, and a row may have several."""
         csv.field_size_limit(sys.maxsize)
-        return csv.reader(self, delimiter="\t" if self._file.suffix == ".tsv" else ",")
+        try:
+            yield from csv.reader(self, delimiter="\t" if self._file.suffix == ".tsv" else ",")
+        except csv.Error as error:  # a carriage return within a field without quotes, or in place of line feeds
+            raise ValueError(f"{self._file} is no table before byte {self.offset:,} ({error}): quote the field there") from error
 
 
 def _header(file: Path) -> tuple[list[str], int]:
@@ -203,7 +206,10 @@ def _objects_of_array(file: Path) -> Iterator[tuple[int, int]]:
     text, offset, begun = "", 0, False  # the text from byte `offset` on
     with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
-            text += codec.decode(chunk)
+            try:
+                text += codec.decode(chunk)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{file} is not UTF-8 ({error}): convert it") from error
             position = 0
             while (begin := _after(text, position, " \t\r\n,\ufeff")) < len(text):
                 if not begun:

@@ -12,6 +12,8 @@ from mmar_megatron.data.preparation.rows import Rows
 from mmar_megatron.data.preparation.tars import prefixes
 
 _LONGEST_PATH = 4096
+_BASE64 = ("data:", "iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
+"""How PNG, JPEG, GIF and WebP begin in base64, which of a small picture may be shorter than a path."""
 
 
 class TableSource:
@@ -41,6 +43,8 @@ class TableSource:
         group: str | None = None,
         keep: Sequence[str] = (),
     ) -> None:
+        if bad := {"captions", "content"} & set(keep):
+            raise ValueError(f"--keep {min(bad)} would take the place of what the loader reads: rename the column, or leave it out")
         self._captions, self._image, self._images = captions, image, images and Path(images)
         self._key, self._group, self._keep = key, group, keep
         named = [name for name in (key, group, *keep) if name]
@@ -86,14 +90,20 @@ class TableSource:
                 captions=captions,
                 pictures=[] if picture is None else [picture],
                 group=None if group is None else str(group),
-                extra={column: _plain(row.get(column)) for column in self._keep},
+                extra={column: _as_json(row.get(column), column) for column in self._keep},
                 fault=fault if picture is not None else NO_PICTURE,
             )
 
 
-def _plain(value: Any) -> Any:
-    """As json takes it: times and numbers of Parquet's own become texts."""
-    return json.loads(json.dumps(value, default=str))
+def _as_json(value: Any, column: str) -> Any:
+    """What of Parquet's values json does not take (dates, decimals) as text."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, bytes):
+            raise ValueError(f"--keep {column} holds bytes, which json cannot: leave it out")
+        return str(value)
+
+    return json.loads(json.dumps(value, default=text))
 
 
 def picture_in(value: Any, *, folder: Path) -> tuple[Picture | None, str | None]:
@@ -112,6 +122,6 @@ def picture_in(value: Any, *, folder: Path) -> tuple[Picture | None, str | None]
         return value, None
     if not isinstance(value, str) or not value:
         return None, None
-    if value.startswith("data:") or len(value) > _LONGEST_PATH:
+    if value.startswith(_BASE64) or len(value) > _LONGEST_PATH:
         return Encoded(value), None
     return folder / value, value

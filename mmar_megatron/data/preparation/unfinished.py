@@ -72,12 +72,12 @@ class Unfinished:
         settings = json.loads(json.dumps(settings))
         file = self.path / "settings.json"
         if self.rank:
-            self.wait(file, until=lambda: json.loads(file.read_text())["settings"] == settings)  # as rank 0 sees to
+            self.wait(file, until=lambda: json.loads(file.read_bytes())["settings"] == settings)  # as rank 0 sees to
             self._take_lock()
-            return int(json.loads(file.read_text())["blocks"])
+            return int(json.loads(file.read_bytes())["blocks"])
         self.path.mkdir(parents=True, exist_ok=True)
         self._take_lock()
-        if anew:
+        if anew or not self.data.exists():  # which one that was killed while it removed the rest has given its name
             for left_over in [file, self.path / "plan.json", *self.looks.glob("*.json"), *self.parts.glob("*.json")]:
                 left_over.unlink(missing_ok=True)
             shutil.rmtree(self.data, ignore_errors=True)
@@ -97,13 +97,13 @@ class Unfinished:
             if fresh:
                 (self._blocks / f"{number - 1:06d}.json").write_bytes(content)
         summary = {"settings": settings, "inputs": inputs.hexdigest(), "blocks": number}
-        if not fresh and json.loads(file.read_text())["inputs"] != summary["inputs"]:
+        if not fresh and json.loads(file.read_bytes())["inputs"] != summary["inputs"]:
             raise ValueError(f"the inputs of {self.out} changed since {self.path} was begun: remove that to begin anew")
         atomically(file, json.dumps(summary, ensure_ascii=False).encode())
         return number
 
     def _check(self, settings: dict[str, Any]) -> None:
-        before = json.loads((self.path / "settings.json").read_text())["settings"]
+        before = json.loads((self.path / "settings.json").read_bytes())["settings"]
         names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
         if not (self.path / "plan.json").exists():
             names = [name for name in names if name not in _AFTER_LOOKING]

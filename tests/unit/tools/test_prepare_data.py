@@ -144,3 +144,10 @@ def test_tokenizer_from_text(tmp_path: Path) -> None:
     missing = run("train_tokenizer.py", "--text", tmp_path / "none.txt", "--out", tmp_path / "u.model")
     assert (missing.returncode, missing.stderr) == (1, f"error: no text file at {tmp_path / 'none.txt'}\n")
     assert not (tmp_path / "u.model").exists()
+
+
+def test_what_the_system_refuses_is_one_sentence(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    failed = run("prepare_data.py", "folder", pictures, "--out", tmp_path / "file" / "out", "--workers", 0)
+    assert (failed.returncode, failed.stderr.count("\n")) == (1, 1)
+    assert failed.stderr.startswith("error: [Errno 20] Not a directory")
