@@ -57,8 +57,13 @@ def fit(image: Image.Image, *, image_size: int) -> NDArray[np.uint8]:
     return np.asarray(image)
 
 
-def pixels_of(picture: Picture, *, image_size: int) -> NDArray[np.uint8]:
-    """A picture of a record, ready to be stored. Raises what reading and decoding raise."""
+def pixels_of(picture: Picture, *, image_size: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+    """A picture of a record, ready to be stored, and its width and height before. Raises what reading and decoding raise."""
     if isinstance(picture, Made):
-        return picture.make()
-    return fit(open_picture(read_picture(picture), about=image_size), image_size=image_size)
+        return picture.make(), (image_size, image_size)
+    encoded = read_picture(picture)
+    image = open_picture(encoded, about=image_size)
+    width, height = size_of(encoded)
+    if (width > height) != (image.width > image.height):  # the camera was turned
+        width, height = height, width
+    return fit(image, image_size=image_size), (width, height)

@@ -20,7 +20,7 @@ from mmar_megatron.data.preparation.pictures import pixels_of
 from mmar_megatron.data.preparation.plan import Chunk, Plan, PlannedShard
 from mmar_megatron.data.preparation.pool import ordered
 from mmar_megatron.data.preparation.recipe import Recipe
-from mmar_megatron.data.preparation.records import Raw, Source, key_of
+from mmar_megatron.data.preparation.records import Made, Raw, Source, key_of
 from mmar_megatron.data.preparation.unfinished import Unfinished, atomically, read_block
 from mmar_megatron.data.shard_writer import ShardColumns, ShardFile
 from mmar_megatron.data.shards import encode_image
@@ -79,17 +79,19 @@ class Preparer:
         found: list[Ready | str] = []
         for raw in self._source.read(read_block(self._blocks, chunk.block), chunk.rows):
             try:
-                pixels = [pixels_of(picture, image_size=self._recipe.image_size) for picture in raw.pictures]
+                pictures = [pixels_of(picture, image_size=self._recipe.image_size) for picture in raw.pictures]
             except Exception:  # whatever decoders raise; the look decoded the same at a fraction of its size
                 found.append(raw.name)
             else:
-                found += self._samples(raw, pixels)
+                found += self._samples(raw, [image_HW3 for image_HW3, _ in pictures], sizes=[size for _, size in pictures])
         return found
 
-    def _samples(self, raw: Raw, pixels: list[NDArray[np.uint8]]) -> Iterator[Ready]:
+    def _samples(self, raw: Raw, pixels: list[NDArray[np.uint8]], *, sizes: list[tuple[int, int]]) -> Iterator[Ready]:
+        # Of a picture made here there is nothing to tell.
+        told = {"original_size": sizes[0]} if len(sizes) == 1 and not isinstance(raw.pictures[0], Made) else {}
         pictures = [encode_image(image_HW3) for image_HW3 in pixels] if self._stores else []
         for key, said in self._pieces(raw):
-            metadata = said | {name: value for name, value in raw.extra.items() if name not in said}
+            metadata = said | {name: value for name, value in (told | raw.extra).items() if name not in said}
             counts = count_texts(metadata, count=self._count, languages=self._languages)
             yield Ready(key, metadata, counts, pictures, pixels if self._encodes else [])
 

@@ -107,7 +107,11 @@ def test_rows_of_json_need_not_all_be_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.csv", b"image,caption\na.jpg,one\rtwo\nb.jpg,two\n", r"t.csv is no table before byte 28 \(new-line .*\): quote the field"),
+        (
+            "t.csv",
+            b"image,caption\na.jpg,one\rtwo\nb.jpg,two\n",
+            r"t.csv is no table before byte 28 \(new-line .*\): quote the field",
+        ),
         ("t.csv", b"image,caption\ra.jpg,one\r", r"t.csv is no table before byte 24 \(new-line .*\): quote the field"),
         ("t.json", b'[{"image": "a.jpg", "caption": "\xe4"}]', r"t.json is not UTF-8 \(.*\): convert it"),
         ("t.jsonl", b"5\n", r"t.jsonl has no rows, or none with named fields: name one that has"),
