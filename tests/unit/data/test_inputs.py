@@ -117,12 +117,13 @@ def test_pictures_in_a_table(tmp_path: Path) -> None:
 def test_kept_columns_harm_nothing(tmp_path: Path) -> None:
     (tmp_path / "0.jpg").write_bytes(picture(0))
     when = datetime.datetime(2026, 1, 2)
-    row = {"image": "0.jpg", "caption": "a", "captions": None, "when": when, "box": [1.5, 2]}
+    row = {"image": "0.jpg", "caption": "a", "when": when, "box": [1.5, 2]}
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "t.parquet")
-    source = TableSource([tmp_path / "t.parquet"], captions=EN, image="image", keep=["when", "captions", "box"])
+    source = TableSource([tmp_path / "t.parquet"], captions=EN, image="image", keep=["when", "box"])
     prepare(tmp_path / "out", source, validation=0)
     (sample,) = samples_of(tmp_path / "out").values()
-    assert sample.metadata == {"captions": {"en": ["a"]}, "when": str(when), "box": [1.5, 2]}
+    size = list(Image.open(tmp_path / "0.jpg").size)
+    assert sample.metadata == {"captions": {"en": ["a"]}, "when": str(when), "box": [1.5, 2], "original_size": size}
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".json", ".parquet"])
