@@ -44,7 +44,9 @@ class TableSource:
         keep: Sequence[str] = (),
     ) -> None:
         if bad := {"captions", "content"} & set(keep):
-            raise ValueError(f"--keep {min(bad)} would take the place of what the loader reads: rename the column, or leave it out")
+            raise ValueError(
+                f"--keep {min(bad)} would take the place of what the loader reads: rename the column, or leave it out"
+            )
         self._captions, self._image, self._images = captions, image, images and Path(images)
         self._key, self._group, self._keep = key, group, keep
         named = [name for name in (key, group, *keep) if name]
