@@ -20,6 +20,8 @@ QUESTION, ANSWER = "USER: {}\nASSISTANT: ", "{}"
 """A conversation as the model reads it: each question, then its answer, which alone is learned, and <eos>."""
 PLACEHOLDER = "<image>"
 """Where in a question a picture belongs."""
+_CHARACTERS = 8
+"""For each token that a piece may have, so many are looked at; in English about 4 are one."""
 _ASKS, _ANSWERS = ("human", "user"), ("gpt", "assistant")
 
 
@@ -114,17 +116,21 @@ def cut_text(text: str, *, count: Callable[[str], int], longest: int) -> list[st
         count: text -> tokens.
         longest: at least 1; a single character may have more.
     """
-    total = count(text)
+    begin = 0
     pieces = []
-    while total > longest:
-        end = max(1, len(text) * longest // total)
-        end = _after_space(text, end)
-        while end > 1 and count(text[:end]) > longest:
-            end = _after_space(text, end * 9 // 10)
-        pieces.append(text[:end])
-        text = text[end:]
-        total = count(text)
-    return [*pieces, text] if text else pieces
+    while begin < len(text):
+        # Not all that is left: to count that for each piece would take the square of the time.
+        head = text[begin : begin + _CHARACTERS * longest]
+        while (total := count(head)) <= longest and begin + len(head) < len(text):
+            head = text[begin : begin + 2 * len(head)]
+        end = len(head)
+        if total > longest:
+            end = _after_space(head, max(1, end * longest // total))
+        while end > 1 and count(head[:end]) > longest:
+            end = _after_space(head, end * 9 // 10)
+        pieces.append(head[:end])
+        begin += end
+    return pieces
 
 
 def _after_space(text: str, end: int) -> int:

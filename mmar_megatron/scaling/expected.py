@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
-import numpy as np
-
 from mmar_megatron.config import Config, MaskRatioConfig
 from mmar_megatron.data.source import DataSource
 from mmar_megatron.model.image_geometry import ImageGeometry
@@ -55,14 +53,13 @@ class RowMeans:
         """Over the first window of the stream, from the index alone."""
         window = source.planner(seed=seed).window(0, places={})
         sums = {"images": window.images_D, "labels": window.labels_D, "painted": window.painted_D, "filled": window.length_D}
-        documents = np.bincount(window.source_D, minlength=len(source.sets)).tolist()
+        documents = len(window.source_D) / len(window.rows)
+        weights = sum(opened.weight for opened in source.sets)
         return cls(
             **{name: float(of_documents.sum() / len(window.rows)) for name, of_documents in sums.items()},
-            documents=len(window.source_D) / len(window.rows),
-            epochs={
-                opened.name: number / opened.index.count("train") / len(window.rows)
-                for opened, number in zip(source.sets, documents, strict=True)
-            },
+            documents=documents,
+            # By the weights: a small window may have nothing of a source.
+            epochs={opened.name: documents * opened.weight / weights / opened.index.count("train") for opened in source.sets},
         )
 
 

@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from mmar_megatron.data.content import conversation_parts
+from mmar_megatron.data.content import conversation_parts, cut_text
 from mmar_megatron.data.index import Index
 from mmar_megatron.data.preparation.documents import DocumentSource
 from mmar_megatron.data.preparation.folders import FolderSource
@@ -170,3 +170,18 @@ def test_the_locale_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def raise_(error: type[BaseException]) -> None:
     raise error
+
+
+@pytest.mark.parametrize("word", [7, 100])
+def test_cutting_a_book_takes_time_in_proportion(word: int) -> None:
+    counted = []
+
+    def count(text: str) -> int:
+        counted.append(len(text))
+        return len(text.split())
+
+    book = ("x" * word + " ") * 20_000
+    pieces = cut_text(book, count=count, longest=100)
+    assert "".join(pieces) == book
+    assert {len(piece.split()) for piece in pieces[:-1]} <= {99, 100}
+    assert sum(counted) < 10 * len(book)

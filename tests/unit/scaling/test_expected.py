@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmar_megatron.config import DataConfig, MaskRatioConfig
+from mmar_megatron.config import DataConfig, MaskRatioConfig, SourceConfig
 from mmar_megatron.data.codec import PatchCodec
 from mmar_megatron.data.draw import draw_mask, draw_mask_ratio
 from mmar_megatron.data.loader import TrainLoader
@@ -53,3 +53,10 @@ def test_row_means_are_those_of_the_stream(tmp_path: Path, packing: bool) -> Non
     assert means.filled == pytest.approx(np.mean([(batch.document_ids_BS >= 0).sum() for batch in batches]))
     assert (loader.state.documents, loader.state.tokens) == (100, round(rows * means.filled))
     assert packing or loader.counts["data"].truncated > 0
+
+
+def test_epochs_are_by_weight_where_a_window_is_small(tmp_path: Path) -> None:
+    make_shapes(tmp_path / "shapes", codec=PatchCodec(image_size=32, patch_size=4), train=64, validation=16, log=lambda _: None)
+    sources = {name: SourceConfig(path=str(tmp_path / "shapes"), weight=weight) for name, weight in {"a": 3, "b": 1}.items()}
+    means = RowMeans.of(DataSource(DataConfig(sources=sources, packing_window=1)), seed=1)
+    assert means.epochs == {"a": 0.75 / 64, "b": 0.25 / 64}
