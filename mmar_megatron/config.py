@@ -170,7 +170,7 @@ class DataConfig:
     """Share of samples whose pictures are mirrored; where captions say left and right, 0."""
     languages: list[str] = field(default_factory=lambda: ["en"])
     """One caption is drawn from these, in each epoch anew."""
-    shuffle_block: int = 64
+    shuffle_block: int = 1024
     """Neighbouring samples that are read in about the same time."""
     shuffle_pool: int = 16384
     """Samples, of as many such blocks as it takes, among which the order is random; a multiple of `shuffle_block`."""

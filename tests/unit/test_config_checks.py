@@ -39,7 +39,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "pool over blocks": (
         ["--data.shuffle_pool=100"],
-        r"data\.shuffle_pool 100 is not divisible by data\.shuffle_block 64: change one",
+        r"data\.shuffle_pool 100 is not divisible by data\.shuffle_block 1024: change one",
     ),
     "heads over ranks": (
         ["--parallel.tensor_model_parallel_size=3"],
