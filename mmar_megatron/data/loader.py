@@ -12,7 +12,7 @@ import signal
 from collections.abc import Generator, Iterator, Sequence
 from itertools import count
 from threading import Thread
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,9 +28,6 @@ from mmar_megatron.data.source import DataSource
 from mmar_megatron.data.storage import StorageError
 from mmar_megatron.data.stream import Stream, StreamState
 from mmar_megatron.platform import STOP_SIGNALS, die_with_parent
-
-if TYPE_CHECKING:
-    pass
 
 _CACHE_BYTES = 512 * 2**20
 """For decoded samples, on each rank, over all its workers."""
