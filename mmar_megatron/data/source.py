@@ -89,7 +89,8 @@ class DataSource:
                 f"{path} was made with the tokenizer {index.tokenizer[:16]}..., but {self._tokenizer_path} is "
                 f"{self.tokenizer.fingerprint[:16]}...: change data.tokenizer or prepare the data set with it"
             )
-        if self.config.horizontal_flip > 0 and self.config.codec.kind == "vae" and not index.flipped:
+        latents = self.config.codec.kind == "vae" and index.images.any()
+        if self.config.horizontal_flip > 0 and latents and not index.flipped:
             raise ValueError(
                 f"{path} holds no latents of mirrored pictures, but data.horizontal_flip is {self.config.horizontal_flip}: "
                 "set that to 0, or prepare the data set with --flip"
@@ -112,6 +113,8 @@ class DataSource:
 
     def _teacher_features(self) -> int:
         teachers = {opened.path: opened.index.teacher for opened in self.sets if opened.index.images.any()}
+        if not teachers:
+            raise ValueError("the data have no pictures to align: set model.alignment_loss_weight to 0")
         for path, found in teachers.items():
             if found is None:
                 raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mmar_megatron.data.codec import PatchCodec
+from mmar_megatron.data.codec import ImageCodec
 from mmar_megatron.data.content import count_texts
 from mmar_megatron.data.index import SPLITS
 from mmar_megatron.data.shard_writer import ShardWriter
@@ -37,7 +37,7 @@ def talk(number: int) -> list[dict[str, Any]]:
 
 
 def write_talks(
-    out: Path, *, tokenizer: Path, codec: PatchCodec, contents: dict[str, Sequence[list[dict[str, Any]]]] | None = None
+    out: Path, *, tokenizer: Path, codec: ImageCodec, contents: dict[str, Sequence[list[dict[str, Any]]]] | None = None
 ) -> Path:
     """A data set of such samples, or of these."""
     loaded = load_tokenizer(tokenizer)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmar_megatron.config import CodecConfig, DataConfig, TaskConfig
+from mmar_megatron.config import CodecConfig, DataConfig, SourceConfig, TaskConfig
 from mmar_megatron.data.codec import build_codec
 from mmar_megatron.data.content import count_texts
 from mmar_megatron.data.loader import TrainLoader
@@ -19,6 +19,7 @@ from mmar_megatron.data.source import DataSource
 from mmar_megatron.data.tokenizer import load_tokenizer, train_sentencepiece
 from mmar_megatron.data.vae import VAECodec
 from tests.unit.data.autoencoders import make_autoencoder
+from tests.unit.data.mixes import write_talks
 
 SAMPLES, FEATURES = 12, 5
 
@@ -130,3 +131,14 @@ def test_what_the_data_lack_is_refused(config: DataConfig, tmp_path: Path) -> No
         DataSource(replace(lacking, horizontal_flip=0.5))
     with pytest.raises(ValueError, match=r"holds no teacher features: set model.alignment_loss_weight to 0"):
         DataSource(lacking, teacher=True)
+
+
+def test_texts_need_no_latents(config: DataConfig, tmp_path: Path) -> None:
+    codec, parts = build_codec(config.codec), [{"text": "picture number", "learn": True, "end": True}]
+    notes = write_talks(tmp_path / "notes", tokenizer=Path(config.path), codec=codec, contents={"train": [parts]})
+    sources = {"pictures": SourceConfig(path=config.path), "notes": SourceConfig(path=str(notes))}
+    mixed = replace(config, sources=sources, horizontal_flip=0.5)
+    assert DataSource(mixed, teacher=True).teacher_features == FEATURES
+    alone = replace(config, path=str(notes), tokenizer=config.path)
+    with pytest.raises(ValueError, match=r"no pictures to align: set model.alignment_loss_weight to 0"):
+        DataSource(alone, teacher=True)
