@@ -1,4 +1,4 @@
-"""Trains a SentencePiece tokenizer (BPE with byte fallback, and MMAR's special tokens) on captions.
+"""Trains a SentencePiece tokenizer (BPE with byte fallback, and MMAR's special tokens) on captions and other texts.
 
     python tools/train_tokenizer.py --data data/emoji --vocab_size 4096 --out tokenizer.model
     python tools/train_tokenizer.py --text captions.txt --vocab_size 8000 --out tokenizer.model
@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from itertools import chain
 from pathlib import Path
 
+from mmar_megatron.data.preparation.training_texts import pieces
 from mmar_megatron.data.shards import Index, ShardReader
 from mmar_megatron.data.tokenizer import load_tokenizer, train_sentencepiece
 
@@ -20,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", type=Path, metavar="DIR", help="the training captions of this data set")
+    source.add_argument("--data", type=Path, metavar="DIR", help="the training texts of this data set")
     source.add_argument("--text", type=Path, metavar="FILE", help="the lines of this UTF-8 file")
     parser.add_argument("--vocab_size", type=int, default=4096, help="number of pieces (default: 4096)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the model to write")
@@ -40,7 +42,7 @@ def run(args: argparse.Namespace) -> str:
     """Trains and writes the tokenizer, and returns what to report."""
     if args.out.exists():
         raise ValueError(f"{args.out} exists: remove it or choose another --out")
-    texts = captions_of(args.data) if args.data else read_lines(args.text)
+    texts = texts_of(args.data) if args.data else read_lines(args.text)
     unfinished = args.out.with_name(f".{args.out.name}.unfinished")
     unfinished.write_bytes(train_sentencepiece(texts, vocab_size=args.vocab_size))
     unfinished.rename(args.out)
@@ -49,17 +51,23 @@ def run(args: argparse.Namespace) -> str:
     return f"{args.out}: {tokenizer.vocab_size:,} pieces; {len(texts):,} texts of {mean:.1f} tokens on average"
 
 
-def captions_of(directory: Path) -> list[str]:
-    """All training captions of a data set."""
+def texts_of(directory: Path) -> list[str]:
+    """All training texts of a data set: captions, and the texts of content."""
     reader = ShardReader(directory, index=Index.load(directory), split="train")
-    return [text for number in range(len(reader)) for group in reader.metadata(number)["captions"].values() for text in group]
+    texts: list[str] = []
+    for number in range(len(reader)):
+        metadata = reader.metadata(number)
+        groups = metadata.get("captions", {}).values()
+        parts = [part["text"] for part in metadata.get("content", []) if "text" in part]
+        texts += [piece for text in [*chain(*groups), *parts] for piece in pieces(text)]
+    return texts
 
 
 def read_lines(file: Path) -> list[str]:
     """The lines of a text file that are not empty."""
     if not file.is_file():
         raise ValueError(f"no text file at {file}")
-    return [line for line in file.read_text().splitlines() if line.strip()]
+    return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 if __name__ == "__main__":
