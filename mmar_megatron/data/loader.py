@@ -377,4 +377,7 @@ class ValidationLoader:
             if (other := self._caption(sample)) != caption:
                 return sample, other
         path = self.source.validation_set.path
-        raise ValueError(f"all validation samples in {path} have the caption {caption!r}: none can be wrong")
+        raise ValueError(
+            f"all validation samples in {path} have the caption {caption!r}, so that none can be wrong: "
+            "prepare it with a larger --validation, or set validation.every to 0"
+        )
