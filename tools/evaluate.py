@@ -4,7 +4,8 @@
 
 Writes RUN_DIR/samples.png (held-out captions with the images drawn for them) and RUN_DIR/scores.json, prints the scores beside
 their targets, and exits with 1 where one is missed. On `shapes` the pictures are scored by a rule on their pixels, and the
-captions of pictures with one object must be exactly right; other data sets are judged by their losses.
+captions of pictures with one object must be exactly right; other data sets are judged by their losses, and of those without
+pictures nothing is painted.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmar_megatron import parallel, platform
 from mmar_megatron.config import Config, parse_command_line
@@ -54,31 +56,12 @@ def main(argv: list[str]) -> int:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
-    sampling = ImageSampling(
-        rounds=min(options.rounds, source.codec.num_tokens),
-        steps=options.steps,
-        guidance_scale=options.guidance_scale,
-        seed=options.seed,
-    )
     data_set = source.validation_set.index.made_by["source"]
-    samples = _held_out(source, options.images if data_set == "shapes" else SHEET_IMAGES, one_object=data_set == "shapes")
-    captions = [source.captions(sample)[0] for sample in samples]
-    with engine.evaluating():
-        painted_BHW3 = paint(engine, captions, source=source, groups=groups, sampling=sampling, progress=_progress)
-        scores = loss_scores(validated[-1])
-        if data_set == "shapes":
-            read = caption(engine, [sample.image_HW3 for sample in samples], source=source, groups=groups, max_tokens=40)
-            specs = [sample.metadata["spec"] for sample in samples]
-            scores |= shape_scores(painted_BHW3, specs=specs, captions=captions, read=read)
-
     step = manifest.read(path)["step"]
-    write_sheet(
-        options.run_dir / "samples.png",
-        captions=captions[:SHEET_IMAGES],
-        painted_BHW3=painted_BHW3[:SHEET_IMAGES],
-        true_BHW3=[sample.image_HW3 for sample in samples[:SHEET_IMAGES]],
-        title=f"{data_set}, step {step}: painted for held-out captions (left), the true pictures (right)",
-    )
+    scores = loss_scores(validated[-1])
+    if source.validation_set.has_pairs:
+        title = f"{data_set}, step {step}: painted for held-out captions (left), the true pictures (right)"
+        scores |= _paint(engine, source, groups, options, data_set=data_set, title=title)
     (options.run_dir / "scores.json").write_text(json.dumps({"step": step, **scores}, indent=1) + "\n")
     targets = TARGETS.get(data_set, {})
     print(table(scores, targets=targets))
@@ -86,6 +69,43 @@ def main(argv: list[str]) -> int:
         print(f"missed: {', '.join(failed)}", file=sys.stderr)
     parallel.leave()
     return 1 if failed else 0
+
+
+def _paint(
+    engine: NativeEngine, source: DataSource, groups: ParallelGroups, options: argparse.Namespace, *, data_set: str, title: str
+) -> dict[str, float]:
+    """Writes samples.png, and returns the scores of what was painted and read."""
+    sampling = ImageSampling(
+        rounds=min(options.rounds, source.codec.num_tokens),
+        steps=options.steps,
+        guidance_scale=options.guidance_scale,
+        seed=options.seed,
+    )
+    samples = _held_out(source, options.images if data_set == "shapes" else SHEET_IMAGES, one_object=data_set == "shapes")
+    captions = [source.captions(sample)[0] for sample in samples]
+    with engine.evaluating():
+        painted_BHW3 = paint(engine, captions, source=source, groups=groups, sampling=sampling, progress=_progress)
+        scores = {}
+        if data_set == "shapes":
+            read = caption(engine, [sample.image_HW3 for sample in samples], source=source, groups=groups, max_tokens=40)
+            specs = [sample.metadata["spec"] for sample in samples]
+            scores = shape_scores(painted_BHW3, specs=specs, captions=captions, read=read)
+    write_sheet(
+        options.run_dir / "samples.png",
+        captions=captions[:SHEET_IMAGES],
+        painted_BHW3=painted_BHW3[:SHEET_IMAGES],
+        true_BHW3=[_picture(sample, source) for sample in samples[:SHEET_IMAGES]],
+        title=title,
+    )
+    return scores
+
+
+def _picture(sample: Sample, source: DataSource) -> NDArray[np.uint8]:
+    """Its pixels, or what the auto-encoder makes of its latents where these alone are stored."""
+    moments_I2NC = sample.moments_I2NC
+    if sample.num_pictures or moments_I2NC is None:
+        return sample.image_HW3
+    return source.codec.decode(moments_I2NC[0, 0].astype(np.float32))
 
 
 def _one_process(config_yaml: Path) -> Config:

@@ -1,4 +1,4 @@
-"""Trains a SentencePiece tokenizer (BPE with byte fallback, and MMAR's special tokens) on captions.
+"""Trains a SentencePiece tokenizer (BPE with byte fallback, and MMAR's special tokens) on captions and other texts.
 
     python tools/train_tokenizer.py --data data/emoji --vocab_size 4096 --out tokenizer.model
     python tools/train_tokenizer.py --text captions.txt --vocab_size 8000 --out tokenizer.model
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mmar_megatron.data.content import texts_in
 from mmar_megatron.data.index import Index
+from mmar_megatron.data.preparation.training_texts import pieces
 from mmar_megatron.data.shards import ShardReader
 from mmar_megatron.data.tokenizer import load_tokenizer, train_sentencepiece
 
@@ -54,14 +55,15 @@ def run(args: argparse.Namespace) -> str:
 def texts_of(directory: Path) -> list[str]:
     """All captions and texts of the training samples of a data set."""
     reader = ShardReader(directory, index=Index.load(directory), split="train")
-    return [text for number in range(len(reader)) for text in texts_in(reader.metadata(number))]
+    texts = (text for number in range(len(reader)) for text in texts_in(reader.metadata(number)))
+    return [piece for text in texts for piece in pieces(text)]
 
 
 def read_lines(file: Path) -> list[str]:
     """The lines of a text file that are not empty."""
     if not file.is_file():
         raise ValueError(f"no text file at {file}")
-    return [line for line in file.read_text().splitlines() if line.strip()]
+    return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmar_megatron import platform
-from mmar_megatron.data.shards import Index, ShardReader
+from mmar_megatron.data.shards import Index, Sample, ShardReader
 from mmar_megatron.data.vae import VAECodec, new_autoencoder, save_autoencoder
 from mmar_megatron.evaluation.reconstruction import psnr, ssim
 
@@ -88,6 +88,8 @@ def run(args: argparse.Namespace) -> str:
     if min(args.steps, args.batch_size, args.latent_channels, args.save_every) < 1:
         raise ValueError("--steps, --batch_size, --latent_channels and --save_every must be at least 1: raise them")
     index = Index.load(args.data)
+    if not index.pictures:
+        raise ValueError(f"{args.data} stores no pixels: prepare it without --vae, or with --keep_images, from pictures")
     if index.image_size % downscale:
         raise ValueError(
             f"the {index.image_size} pixels of {args.data} are not a multiple of the {downscale} that {len(args.channels)} "
@@ -175,7 +177,7 @@ class Training:
             group["lr"] = args.lr * learning_rate_share(self.step, steps=args.steps)
         drawn = np.random.default_rng([args.seed, self.step])
         numbers = drawn.integers(len(self._reader), size=args.batch_size)
-        pixels_BHW3 = np.stack([self._reader.read_or_next(int(number))[0].image_HW3 for number in numbers])
+        pixels_BHW3 = np.stack([self._reader.read_or_next(int(number), check=_first_picture)[0].image_HW3 for number in numbers])
         mirrored_B = drawn.random(args.batch_size) < 0.5
         pixels_BHW3[mirrored_B] = pixels_BHW3[mirrored_B, :, ::-1]
         images = to_images(pixels_BHW3)
@@ -273,7 +275,12 @@ def finish(training: Training, directory: Path, *, train: ShardReader, held_out:
 def spread_pictures(reader: ShardReader) -> NDArray[np.uint8]:
     """At most 2,048 pictures, evenly spread: uint8 [B, H, W, 3]."""
     numbers = np.linspace(0, len(reader) - 1, min(len(reader), _MEASURED)).astype(int)
-    return np.stack([reader.read_or_next(int(number))[0].image_HW3 for number in numbers])
+    return np.stack([reader.read_or_next(int(number), check=_first_picture)[0].image_HW3 for number in numbers])
+
+
+def _first_picture(sample: Sample) -> NDArray[np.uint8]:
+    """Which a text in a data set of conversations has not."""
+    return sample.image_HW3
 
 
 def write_comparison(file: Path, originals_BHW3: NDArray[np.uint8], codec: VAECodec) -> None:

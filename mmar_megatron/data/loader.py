@@ -305,14 +305,32 @@ class ValidationLoader:
         return -(-self._samples // (self._micro_batch_size * self._ranks))
 
     def __iter__(self) -> Iterator[Batch]:
-        for step in range(len(self)):
-            begin = (step * self._ranks + self._rank) * self._micro_batch_size
-            rows = [[self._document(i)] if i < self._samples else [] for i in range(begin, begin + self._micro_batch_size)]
+        batches = [range(begin, begin + self._micro_batch_size) for begin in self._begins()]
+        self._read_ahead([i for batch in batches for i in batch if i < self._samples])
+        for batch in batches:
+            rows = [[self._document(i)] if i < self._samples else [] for i in batch]
             yield self.source.assemble(rows, timestep_multiplier=self._timesteps)
+
+    def _begins(self) -> list[int]:
+        return [(step * self._ranks + self._rank) * self._micro_batch_size for step in range(len(self))]
+
+    def _read_ahead(self, samples: Sequence[int]) -> None:
+        """Announce what will be read, but for what takes the place of samples that will not do."""
+        size = len(self._numbers)
+        places = [self._place(i) for i in samples]
+        if self._wrong_condition:
+            places = [place for own in places for place in (own, self._partner_place(own))]
+        self._reader.read_ahead(self._numbers[[place % size for place in places]].tolist())
+
+    def _place(self, i: int) -> int:
+        return i * len(self._numbers) // self._samples
+
+    def _partner_place(self, place: int) -> int:
+        return place + int(0.618 * len(self._numbers))
 
     def _document(self, i: int) -> Document:
         source, builder = self.source, self.source.builder
-        place = i * len(self._numbers) // self._samples
+        place = self._place(i)
         sample = self._read(place)
         generator = sample_generator(sample.sample_id, seed=self._seed, epoch=0, use=Use.VALIDATION)
         ids = {"sample_id": source.validation_set.first_id + sample.sample_id}
@@ -370,8 +388,11 @@ class ValidationLoader:
         """
         size = len(self._numbers)
         for step in range(size):
-            sample = self._read((place + int(0.618 * size) + step) % size)
+            sample = self._read((self._partner_place(place) + step) % size)
             if (other := self._caption(sample)) != caption:
                 return sample, other
         path = self.source.validation_set.path
-        raise ValueError(f"all validation samples in {path} have the caption {caption!r}: none can be wrong")
+        raise ValueError(
+            f"all validation samples in {path} have the caption {caption!r}, so that none can be wrong: "
+            "prepare it with a larger --validation, or set validation.every to 0"
+        )

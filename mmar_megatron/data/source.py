@@ -108,7 +108,8 @@ class DataSource:
             split: Split = "train" if bad[0] in index.ids("train") else "validation"
             sample = self.reader(split, of=opened).read(int(bad[0]) - index.ids(split).start)
             raise ValueError(
-                f"{opened.path}: sample {sample.key} has captions in {sorted(sample.captions)}, but data.languages is {wanted}"
+                f"{opened.path}: sample {sample.key} has captions in {sorted(sample.captions)}, but data.languages is {wanted}: "
+                "add one of those, or prepare the data set without such samples"
             )
 
     def _teacher_features(self) -> int:

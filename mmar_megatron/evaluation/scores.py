@@ -51,7 +51,9 @@ TARGETS: dict[str, dict[str, Target]] = {
 
 
 def loss_scores(last_validation: Mapping[str, Any]) -> dict[str, float]:
-    """From the last validated row of `metrics.jsonl`: losses, and what wrong conditions cost."""
+    """From the last validated row of `metrics.jsonl`: losses, and what wrong conditions cost; of texts alone, their loss."""
+    if "val_loss_image" not in last_validation:
+        return {"val_loss_text": last_validation["val_loss_text"]}
     image = last_validation["val_loss_image"]
     return {
         "val_loss_text": last_validation["val_loss_text"],

@@ -88,8 +88,10 @@ def make_plan(unfinished: Unfinished, *, blocks: int, recipe: Recipe, source: An
     """Reads all looks and decides.
 
     Raises:
-        ValueError: two records have one name; nothing is kept.
+        ValueError: there are no records; two have one name; nothing is kept.
     """
+    if not blocks:
+        raise ValueError("there are no records in the input: name one that has some")
     looks = _read_looks(unfinished.looks, blocks)
     columns, block_of, row_of = looks.columns, looks.block, looks.row
     if recipe.deduplicate:

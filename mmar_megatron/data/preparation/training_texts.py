@@ -21,7 +21,7 @@ def training_texts(unfinished: Unfinished, plan: Plan) -> tuple[list[str], int, 
     texts = []
     for number, of_record in enumerate(_texts_of_records(unfinished, plan)):
         if (number + 1) * used // total > number * used // total:
-            texts += [piece for text in of_record for piece in _pieces(text)]
+            texts += [piece for text in of_record for piece in pieces(text)]
     return texts, used, total
 
 
@@ -32,5 +32,6 @@ def _texts_of_records(unfinished: Unfinished, plan: Plan) -> Iterator[list[str]]
             yield from (json.loads(line) for row, line in enumerate(lines) if row in wanted)
 
 
-def _pieces(text: str) -> list[str]:
+def pieces(text: str) -> list[str]:
+    """The text in pieces that SentencePiece takes."""
     return [text[begin : begin + _LONGEST] for begin in range(0, len(text), _LONGEST)]

@@ -15,6 +15,7 @@ from mmar_megatron.data.codec import PatchCodec
 from mmar_megatron.data.index import Split
 from mmar_megatron.data.loader import TrainLoader, ValidationLoader
 from mmar_megatron.data.prepare import Record, ensure_data, write_dataset
+from mmar_megatron.data.shards import Sample
 from mmar_megatron.data.source import DataSource
 from mmar_megatron.data.stream import StreamState
 from mmar_megatron.data.tokenizer import train_sentencepiece
@@ -286,7 +287,7 @@ def test_wrong_condition_has_another_caption_even_among_many_alike(tmp_path: Pat
     assert [decode(tokens) for tokens in batch.tokens_BS.tolist()] == ["bb", "bb", "bb", "aa", "bb", "bb"]
 
     alike = write_gray(tmp_path / "alike", {"train": ["aa bb"], "validation": ["aa", "aa"]})
-    with pytest.raises(ValueError, match=r"have the caption 'aa': none can be wrong"):
+    with pytest.raises(ValueError, match=r"have the caption 'aa', so that none can be wrong: .* set validation.every to 0"):
         next(iter(validation_loader(alike, wrong_condition=True)))
 
 
@@ -298,3 +299,28 @@ def test_data_are_made_on_first_use_and_once(tmp_path: Path, capsys: pytest.Capt
     ensure_data(config)
     assert capsys.readouterr().out.count("\n") == 1
     assert len(train_loader(config).source.reader("train")) == 8000
+
+
+@pytest.mark.parametrize("wrong_condition", [False, True])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_validation_announces_what_it_reads(
+    config: DataConfig, wrong_condition: bool, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = validation_loader(
+        config, wrong_condition=wrong_condition, data_parallel_rank=rank, data_parallel_size=2, samples=VALIDATION
+    )
+    announced: list[int] = []
+    read: list[int] = []
+    of_reader = loader._reader.read
+
+    def reading(number: int) -> Sample:
+        read.append(number)
+        return of_reader(number)
+
+    monkeypatch.setattr(loader._reader, "read_ahead", announced.extend)
+    monkeypatch.setattr(loader._reader, "read", reading)
+    list(loader)
+    assert read
+    assert set(announced) <= set(read)
+    assert not wrong_condition or read[:2] == announced[:2]
+    assert wrong_condition or read == announced

@@ -185,3 +185,9 @@ def test_cutting_a_book_takes_time_in_proportion(word: int) -> None:
     assert "".join(pieces) == book
     assert {len(piece.split()) for piece in pieces[:-1]} <= {99, 100}
     assert sum(counted) < 10 * len(book)
+
+
+def test_no_records_at_all(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("image,caption\n")
+    with pytest.raises(ValueError, match="there are no records in the input"):
+        prepare(tmp_path / "out", TableSource([tmp_path / "t.csv"], captions=EN, image="image"))

@@ -67,3 +67,7 @@ def test_sheet_shows_what_was_painted(tmp_path: Path) -> None:
     red, blue = ((pixels == colour).all(axis=1).mean() for colour in ((255, 0, 0), (0, 0, 255)))
     assert red == pytest.approx(blue, rel=0.02) and red > 0.1
     assert [path.name for path in tmp_path.iterdir()] == ["samples.png"]
+
+
+def test_texts_have_a_loss_alone() -> None:
+    assert loss_scores({"val_loss_text": 0.1, "loss": 2.0}) == {"val_loss_text": 0.1}

@@ -151,3 +151,20 @@ def test_what_the_system_refuses_is_one_sentence(pictures: Path, tmp_path: Path)
     failed = run("prepare_data.py", "folder", pictures, "--out", tmp_path / "file" / "out", "--workers", 0)
     assert (failed.returncode, failed.stderr.count("\n")) == (1, 1)
     assert failed.stderr.startswith("error: [Errno 20] Not a directory")
+
+
+def test_training_on_a_data_set_of_content(pictures: Path, tmp_path: Path) -> None:
+    rows = json.loads((pictures / "talk.json").read_text())
+    turns = [{"from": "human", "value": "No picture?"}, {"from": "gpt", "value": "None."}]
+    (pictures / "some.json").write_text(json.dumps([*rows, *[{"conversations": turns}] * 12]))
+    sizes = ["--image_size", SIZE, "--workers", 0, "--tokenizer", tokenizer_file(), "--validation", 0.2]
+    for name, command, file in (("talks", "conversations", "some.json"), ("notes", "text", "text.jsonl")):
+        made = run("prepare_data.py", command, pictures / file, "--out", tmp_path / name, *sizes)
+        assert made.returncode == 0, made.stderr
+        trained = run("train_tokenizer.py", "--data", tmp_path / name, "--vocab_size", 290, "--out", tmp_path / f"{name}.model")
+        assert trained.returncode == 0, trained.stderr
+    options = ["--steps", 1, "--batch_size", 4]
+    trained = run("train_vae.py", "--data", tmp_path / "talks", "--out", tmp_path / "vae", *options)
+    assert trained.returncode == 0, trained.stderr
+    refused = run("train_vae.py", "--data", tmp_path / "notes", "--out", tmp_path / "other", *options)
+    assert refused.stderr.startswith(f"error: {tmp_path / 'notes'} stores no pixels: ")
