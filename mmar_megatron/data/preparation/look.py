@@ -38,6 +38,7 @@ from mmar_megatron.data.preparation.unfinished import atomically, read_block
 BY_HASH = len(SPLITS)
 """In the column `split`: the plan decides."""
 _EXAMPLES = 3
+_MOST_LANGUAGES = 64
 _NOT_THERE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
@@ -82,6 +83,11 @@ class Looker:
             if reason:
                 examples.setdefault(reason, []).append(raw.name)
             languages += [language for language in raw.captions or () if language not in languages]
+            if len(languages) > _MOST_LANGUAGES:
+                raise ValueError(
+                    f'captions have more than {_MOST_LANGUAGES} languages, such as {languages[-1]!r} of {raw.name}: "captions" '
+                    "are by language, other fields are named with --captions"
+                )
             columns.reason.append(REASONS.index(reason))
             columns.key.append(hash_of(key_of(raw.name)))
             columns.group.append(hash_of(raw.group or raw.name))
