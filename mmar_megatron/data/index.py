@@ -231,7 +231,10 @@ def write_index(
         else:
             column = np.concatenate([of_shard[name] for of_shard in columns]).astype(dtype, copy=False)
         file = directory / column_path(name)
-        np.save(file, column)
+        unfinished = file.with_name(f".{file.name}.unfinished")
+        with unfinished.open("wb") as stream:
+            np.save(stream, column)
+        unfinished.replace(file)  # a run may have the one before mapped into its memory
         written[name] = {"sha256": sha256_of(file), "bytes": file.stat().st_size}
     values = {"format_version": FORMAT_VERSION, **header, "columns": written, "shards": [asdict(shard) for shard in shards]}
     content = {f.name: values[f.name] for f in fields(Index) if f.name != "files"}

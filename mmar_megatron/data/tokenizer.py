@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -167,7 +168,6 @@ def train_sentencepiece(texts: Sequence[str], *, vocab_size: int, or_fewer: bool
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
-            hard_vocab_limit=not or_fewer,
             byte_fallback=True,
             character_coverage=1.0,
             normalization_rule_name="identity",
@@ -185,5 +185,7 @@ def train_sentencepiece(texts: Sequence[str], *, vocab_size: int, or_fewer: bool
         )
     except RuntimeError as error:
         # Its message ends with what it allows: "[...] Vocabulary size too high (9000). Please set it to a value <= 513."
+        if or_fewer and (most := re.search(r"a value <= (\d+)", str(error))):
+            return train_sentencepiece(texts, vocab_size=int(most[1]))
         raise ValueError(f"vocab_size {vocab_size} is too large for these texts: {str(error).rpartition('] ')[2]}") from error
     return model.getvalue()

@@ -86,7 +86,8 @@ class Looker:
             languages += [language for language in raw.captions or () if language not in languages]
             if len(languages) > _MOST_LANGUAGES:
                 raise ValueError(
-                    f"{raw.name} has captions in yet another language than the {_MOST_LANGUAGES} before: {languages[-1]!r}"
+                    f'captions have more than {_MOST_LANGUAGES} languages, such as {languages[-1]!r} of {raw.name}: "captions" '
+                    "are by language, other fields are named with --captions"
                 )
             columns.reason.append(REASONS.index(reason))
             columns.key.append(hash_of(key_of(raw.name)))

@@ -191,3 +191,9 @@ def test_no_records_at_all(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("image,caption\n")
     with pytest.raises(ValueError, match="there are no records in the input"):
         prepare(tmp_path / "out", TableSource([tmp_path / "t.csv"], captions=EN, image="image"))
+
+
+def test_captions_that_are_not_by_language(tmp_path: Path) -> None:
+    rows = rows_file(tmp_path / "t.jsonl", {"image": "a.jpg", "captions": {str(k): "one" for k in range(65)}})
+    with pytest.raises(ValueError, match=r"more than 64 languages, such as '64' of t/000000000: "):
+        prepare(tmp_path / "out", TableSource([rows], captions=CaptionFields(()), image="image"))
