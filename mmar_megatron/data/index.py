@@ -162,9 +162,8 @@ class Index:
         """
         storage = storage or open_storage(directory)
         if storage.size(INDEX_NAME) is None:
-            raise ValueError(
-                f"no data set at {directory}: make one with `python tools/prepare_data.py shapes --out {directory}` (or `emoji`)"
-            )
+            made = f"make one with `python tools/prepare_data.py shapes --out {directory}` (or `emoji`)"
+            raise ValueError(f"no data set at {directory}: {'copy one there' if '://' in str(directory) else made}")
         content = _read_header(directory, storage)
         sizes = storage.sizes([column_path(name) for name in content["columns"]])
         local = {}
