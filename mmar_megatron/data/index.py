@@ -194,9 +194,8 @@ def read_header(directory: str | Path, storage: Storage) -> dict[str, Any]:
         ValueError: there is none, it is not whole, or it has another format version.
     """
     if storage.size(INDEX_NAME) is None:
-        raise ValueError(
-            f"no data set at {directory}: make one with `python tools/prepare_data.py shapes --out {directory}` (or `emoji`)"
-        )
+        made = f"make one with `python tools/prepare_data.py shapes --out {directory}` (or `emoji`)"
+        raise ValueError(f"no data set at {directory}: {'copy one there' if '://' in str(directory) else made}")
     name = f"{directory}/{INDEX_NAME}"
     try:
         content = json.loads(storage.local(INDEX_NAME).read_bytes())

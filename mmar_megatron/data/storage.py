@@ -114,7 +114,9 @@ def open_storage(
     if cache_bytes and cache_dir is None:
         raise ValueError("the cache has no folder: name one on a local disk (cache_dir), or set cache_bytes to 0")
     if 0 < cache_bytes < 2 * chunk_bytes:
-        raise ValueError(f"cache_bytes {cache_bytes:,} leaves no room for chunks of {chunk_bytes:,}: set it to 0 or to much more")
+        raise ValueError(
+            f"a cache of {cache_bytes:,} bytes leaves no room for chunks of {chunk_bytes:,}: set its size to 0 or to much more"
+        )
     return RemoteStorage(
         text,
         cache_dir=None if cache_dir is None else Path(cache_dir),

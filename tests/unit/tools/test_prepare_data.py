@@ -124,7 +124,7 @@ def test_moments_of_an_auto_encoder_and_features_of_a_teacher(pictures: Path, tm
         ),
         (["folder", "{here}", "--validation", "2", "--out", "{out}"], "error: --validation 2.0 is not a share in [0, 1)"),
         (["folder", "{here}", "--tokenizer", "{here}/none", "--out", "{out}"], "error: no tokenizer at {here}/none"),
-        (["folder", "{here}", "--out", "{out}"], "error: vocab_size 8192 is too large for these texts: "),
+        (["folder", "{here}", "--vocab_size", "9", "--out", "{out}"], "error: vocab_size 9 is too small for these texts: "),
         (["index", "{here}"], "error: {here} has no index that says what its pictures are for: give --image_size, and"),
     ],
 )
