@@ -6,7 +6,7 @@ from typing import Literal
 
 from mmar_megatron.config import Config
 from mmar_megatron.data.batch import Batch
-from mmar_megatron.data.loader import ValidationLoader
+from mmar_megatron.data.held_out import ValidationLoader
 from mmar_megatron.data.source import DataSource
 from mmar_megatron.engine.base import Engine
 from mmar_megatron.parallel import ParallelGroups

@@ -12,8 +12,9 @@ import torch
 from mmar_megatron.config import CodecConfig, DataConfig, MaskRatioConfig, TaskConfig
 from mmar_megatron.data.batch import IGNORE, Batch
 from mmar_megatron.data.codec import PatchCodec
+from mmar_megatron.data.held_out import ValidationLoader
 from mmar_megatron.data.index import Split
-from mmar_megatron.data.loader import TrainLoader, ValidationLoader
+from mmar_megatron.data.loader import TrainLoader
 from mmar_megatron.data.prepare import Record, ensure_data, write_dataset
 from mmar_megatron.data.shards import Sample
 from mmar_megatron.data.source import DataSource

@@ -14,8 +14,9 @@ import torch
 from mmar_megatron.config import DataConfig, SourceConfig, TaskConfig
 from mmar_megatron.data.batch import IGNORE, Batch
 from mmar_megatron.data.codec import PatchCodec
+from mmar_megatron.data.held_out import ValidationLoader
 from mmar_megatron.data.index import Index
-from mmar_megatron.data.loader import TrainLoader, ValidationLoader
+from mmar_megatron.data.loader import TrainLoader
 from mmar_megatron.data.prepare import make_shapes
 from mmar_megatron.data.source import DataSource
 from mmar_megatron.data.stream import StreamState
