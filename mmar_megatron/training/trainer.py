@@ -65,9 +65,7 @@ class Trainer:
         self.rank_times = RankTimes(groups)
         self.loader = build_loader(config, source=source, groups=groups, state=self.progress.stream)
         if self.loader.again:
-            self._say(
-                f"the settings of the data have changed: the last {self.loader.again} rows' window of documents is read anew"
-            )
+            self._say(f"the settings of the data have changed: {self.loader.again} rows already read are planned and read anew")
         self.validation = Validation(config, source=source, groups=groups) if config.validation.every else None
         self.previews = Previews(config.preview, source=source, groups=groups, seed=config.seed) if config.preview.every else None
         self.shape = ModelShape.of(
