@@ -30,6 +30,9 @@ _CHECKED = 64 * 2**10
 _AGE_SECONDS = 60
 """The time of last use is noted this exactly."""
 _ABANDONED_SECONDS = 600
+no_fork = Lock()
+"""A child forked while one of our threads holds the lock of a file would hold it too, as long as it lives."""
+os.register_at_fork(before=no_fork.acquire, after_in_parent=no_fork.release, after_in_child=no_fork.release)
 _KEEP = 0.9
 """The share of `most_bytes` that is kept when room is made, so that it need not be made for each chunk."""
 
@@ -109,12 +112,13 @@ class ChunkCache:
     @contextmanager
     def _locked(self) -> Iterator[int]:
         """Descriptor of the file with the number, which this process alone has until the end."""
-        counter = os.open(self._folder / "used", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(counter, fcntl.LOCK_EX)
-            yield counter
-        finally:
-            os.close(counter)
+        with no_fork:
+            counter = os.open(self._folder / "used", os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(counter, fcntl.LOCK_EX)
+                yield counter
+            finally:
+                os.close(counter)
 
     def _used(self, counter: int) -> int:
         text = os.pread(counter, 20, 0)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import fsspec
 import pytest
 
+from mmar_megatron.data.chunk_cache import ChunkCache, no_fork
 from mmar_megatron.data.read_ahead import ReadAhead
 from mmar_megatron.data.storage import LocalStorage, MissingError, ReadAheadLimits, Retry, Storage, StorageError, open_storage
 from tests.unit.data.faulty_server import FAULTS, Fault, FaultyServer, FolderSource, ServerSource, faulty_server
@@ -432,7 +433,7 @@ def test_the_bound_holds_with_several_processes(http: Place, tmp_path: Path) -> 
     def watch() -> None:
         nonlocal most, looks
         while not ended.is_set():
-            with (cache / "chunks-1" / "used").open("a") as lock:
+            with no_fork, (cache / "chunks-1" / "used").open("a") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # no chunk comes or goes while it looks
                 sizes = [path.stat().st_size for path in cached_files(cache) if path.suffix != ".part"]
             most, looks = max(most, sum(sizes)), looks + 1
@@ -453,6 +454,29 @@ def test_the_bound_holds_with_several_processes(http: Place, tmp_path: Path) -> 
     assert looks > 20
     assert bound * 0.7 < most <= bound  # beside the one chunk that each process writes
     assert not list(cache.rglob("*.part"))
+
+
+def test_a_fork_while_a_chunk_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = ChunkCache(tmp_path, most_bytes=2**20)
+    entered, used = threading.Event(), cache._used
+
+    def slow(counter: int) -> int:
+        entered.set()
+        time.sleep(0.3)  # with the lock
+        return used(counter)
+
+    monkeypatch.setattr(cache, "_used", slow)
+    writer = threading.Thread(target=cache.put, args=("a", b"a" * 1000))
+    writer.start()
+    entered.wait()
+    child = multiprocessing.get_context("fork").Process(target=ChunkCache(tmp_path, most_bytes=2**20).put, args=("b", b"b"))
+    child.start()
+    writer.join()
+    child.join(10)
+    alive = child.is_alive()
+    child.kill()
+    assert not alive
+    assert cache.get("b", size=1, start=0, end=1) == b"b"
 
 
 def test_what_was_used_last_stays(http: Place, tmp_path: Path) -> None:
