@@ -126,6 +126,7 @@ def _load(config: Config, path: Path, *, average: bool) -> tuple[NativeEngine, D
     groups = parallel.initialize(config.parallel)
     platform.seed_everything(config.seed, tensor_rank=0)
     source = open_source(config)
+    checkpoint.check_fingerprints(path, source.fingerprints)
     engine = build_engine(config, source=source, groups=groups)
     checkpoint.load_weights(engine, path, average=average)
     return engine, source, groups

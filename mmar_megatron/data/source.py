@@ -131,6 +131,11 @@ class DataSource:
     # --- what is in it ----------------------------------------------------------------------------------------------------------
 
     @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of what gives a model's tokens their meaning."""
+        return {"tokenizer": self.tokenizer.fingerprint, "codec": self.codec.fingerprint}
+
+    @property
     def validation_set(self) -> DataSet:
         """The data set whose held-out samples validate."""
         wanted = self.config.validation_source
@@ -148,6 +153,9 @@ class DataSource:
     def planner(self, *, seed: int) -> Planner:
         """Plans the training stream."""
         config = self.config
+        for opened in self.sets:
+            if not opened.index.count("train"):
+                raise ValueError(f"{opened.path} has no train samples: prepare a data set that has, or leave the source out")
         settings = PlanSettings(
             seed=seed,
             sequence_length=config.sequence_length,

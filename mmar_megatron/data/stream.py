@@ -133,6 +133,8 @@ class Window:
     """Text tokens to be learned."""
     painted_D: NDArray[np.int64]
     """Images to be painted, 0 or 1."""
+    cut_D: NDArray[np.int64]
+    """1 where a document is too long, and loses its end."""
     rows: list[list[int]]
     """Of each row, its documents."""
 
@@ -184,12 +186,12 @@ class Planner:
         weights = [source.weight for source in self.sources]
         positions_D = np.arange(position, position + self.settings.window)
         source_D = choose(low_discrepancy(positions_D, seed=self.settings.seed), weights=weights)
-        columns = np.zeros((8, len(source_D)), dtype=np.int64)
+        columns = np.zeros((9, len(source_D)), dtype=np.int64)
         for s, source in enumerate(self.sources):
             mine = np.flatnonzero(source_D == s)
             first = places.get(source.name, 0)
             columns[:, mine] = self._documents(s, places=np.arange(first, first + len(mine)))
-        number_D, epoch_D, task_D, text_D, length_D, images_D, labels_D, painted_D = columns
+        number_D, epoch_D, task_D, text_D, length_D, images_D, labels_D, painted_D, cut_D = columns
         if self.settings.packing:
             rows = pack(length_D, sequence_length=self.settings.sequence_length)
             # Packing sorts by length; a step shall have all lengths.
@@ -207,6 +209,7 @@ class Planner:
             images_D=images_D,
             labels_D=labels_D,
             painted_D=painted_D,
+            cut_D=cut_D,
             rows=rows,
         )
 
@@ -236,17 +239,16 @@ class Planner:
         alone = settings.image_tokens + 4
         room = settings.sequence_length - alone
         told = task == Task.IMAGE_TO_TEXT
-        cut = tokens > room
-        text_length = np.minimum(tokens, room) - (cut & told)  # a text to be learned that is cut ends without <eos>
-        length = np.select(
-            [task == Task.CONTENT, task == Task.IMAGE_ONLY],
-            [1 + tokens + images * (settings.image_tokens + 2), np.full_like(tokens, alone)],
-            default=alone + text_length,
-        )
+        text_length = np.minimum(tokens, room) - (told & (tokens > room))  # a text to be learned that is cut has no <eos>
+        content = 1 + tokens + images * (settings.image_tokens + 2)
+        kinds = [task == Task.CONTENT, task == Task.IMAGE_ONLY]
+        length = np.select(kinds, [content, np.full_like(tokens, alone)], default=alone + text_length)
+        cut = np.select(kinds, [content > settings.sequence_length, np.zeros_like(pair)], default=tokens > room)
         labels = np.select([task == Task.CONTENT, told], [source.learned[numbers], text_length + 1], default=0)
         painted = np.where(task == Task.CONTENT, source.paints[numbers], ~told)
         text -= source.text_start[numbers].astype(np.int64)
-        return numbers, epochs, task, text, np.minimum(length, settings.sequence_length), images, labels, painted
+        length = np.minimum(length, settings.sequence_length)
+        return numbers, epochs, task, text, length, images, labels, painted, cut
 
     def _order(self, s: int, epoch: int) -> ShuffledOrder:
         key = (s, epoch)

@@ -45,6 +45,8 @@ class RowMeans:
     filled: float
     """Positions that hold a document."""
     documents: float = 1.0
+    cut: float = 0.0
+    """Share of the documents that are too long, and lose their end."""
     epochs: Mapping[str, float] = field(default_factory=dict)
     """Of each source, by its name."""
 
@@ -58,6 +60,7 @@ class RowMeans:
         return cls(
             **{name: float(of_documents.sum() / len(window.rows)) for name, of_documents in sums.items()},
             documents=documents,
+            cut=float(window.cut_D.mean()),
             # By the weights: a small window may have nothing of a source.
             epochs={opened.name: documents * opened.weight / weights / opened.index.count("train") for opened in source.sets},
         )

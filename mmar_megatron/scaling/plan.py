@@ -177,6 +177,8 @@ class Plan:
     def _run(self) -> list[str]:
         samples, tokens, flops = (self.steps * each for each in (self.documents, self.tokens, self.flops.executed))
         lines = [f"the run: {self.steps:,} steps, {samples:,} samples, {tokens:,} tokens, {flops:.3e} FLOPs"]
+        if self.rows.cut:
+            lines.append(f"  {self.rows.cut:.1%} of the documents are longer than data.sequence_length and lose their end")
         sequences = self.steps * self.counts.sequences
         return lines + [f"  {sequences * epochs:,.2f} epochs of {name}" for name, epochs in self.rows.epochs.items()]
 

@@ -10,7 +10,7 @@ Model, optimizer, average of the weights and loader state do not depend on the l
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,6 +49,8 @@ class Progress:
     """Of the skipped steps, those up to here without a good one between."""
     recent_losses: tuple[float, ...] = ()
     """Of the last `train.spike_window` good steps, oldest first."""
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    """Of tokenizer and codec: with others, the model's tokens would mean something else."""
     interrupted: bool = False
     """A signal left no time for the validation and preview that were due at this step."""
 
@@ -224,6 +226,20 @@ def load(engine: Engine, path: Path, *, groups: ParallelGroups) -> Progress:
     if same_layout:
         platform.set_rng_state(loaded["generators"])
     return Progress(**{**loaded["progress"], "stream": StreamState(**loaded["progress"]["stream"])})
+
+
+def check_fingerprints(path: Path, fingerprints: Mapping[str, str]) -> None:
+    """Refuses data of another tokenizer or codec than those that a checkpoint was trained on.
+
+    Raises:
+        ValueError: names both sides.
+    """
+    for name, before in manifest.read(path)["fingerprints"].items():
+        if (now := fingerprints.get(name, before)) != before:
+            raise ValueError(
+                f"The checkpoint {path} was trained with the {name} ({before[:64]}), the data are made for ({now[:64]}): give "
+                f"data that were prepared with the same {name}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

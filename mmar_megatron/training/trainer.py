@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -22,6 +22,7 @@ from mmar_megatron.engine.optimizer import learning_rate
 from mmar_megatron.model.losses import NUM_BUCKETS, LossSums
 from mmar_megatron.model.mmar_model import padded_vocab_size
 from mmar_megatron.parallel import ParallelGroups
+from mmar_megatron.scaling.expected import RowMeans
 from mmar_megatron.scaling.flops import ModelShape, StepCounts, peak_flops, step_flops
 from mmar_megatron.training import checkpoint
 from mmar_megatron.training.building import build_loader
@@ -55,7 +56,7 @@ class Trainer:
         self.config, self.engine, self.groups, self.watchdog = config, engine, groups, watchdog
         self.config_yaml = command.yaml
         self.run_dir = Path(config.run_dir)
-        self.progress = self._restore()
+        self.progress = self._restore(source.fingerprints)
         self.checkpoints = CheckpointWriter(
             config.checkpoint, run_dir=self.run_dir, config_yaml=self.config_yaml, groups=groups, say=self._say
         )
@@ -64,6 +65,8 @@ class Trainer:
         self.incidents = Incidents(self.run_dir, resume_step=self.progress.step, groups=groups, name_of=source.name_of)
         self.rank_times = RankTimes(groups)
         self.loader = build_loader(config, source=source, groups=groups, state=self.progress.stream)
+        if cut := RowMeans.of(source, seed=config.seed).cut:
+            self._say(f"{cut:.1%} of the documents are longer than data.sequence_length and lose their end")
         if self.loader.again:
             self._say(f"the settings of the data have changed: {self.loader.again} rows already read are planned and read anew")
         self.validation = Validation(config, source=source, groups=groups) if config.validation.every else None
@@ -213,8 +216,8 @@ class Trainer:
         sums, counts = result.sums, result.counts
         figures: dict[str, float | None] = {
             "loss": result.loss,
-            "loss_text": float(sums.text / counts.text.clamp(min=1)),
-            "loss_image": float(sums.image / counts.image.clamp(min=1)),
+            "loss_text": float(sums.text / counts.text) if counts.text else None,
+            "loss_image": float(sums.image / counts.image) if counts.image else None,
         }
         if self.config.model.alignment_loss_weight > 0:
             figures["loss_alignment"] = float(sums.alignment / counts.alignment.clamp(min=1))
@@ -266,7 +269,7 @@ class Trainer:
 
     # --- checkpoints ------------------------------------------------------------------------------------------------------------
 
-    def _restore(self) -> Progress:
+    def _restore(self, fingerprints: Mapping[str, str]) -> Progress:
         """Continue what is in the run directory, or begin, as `resume` and `checkpoint.init_from` say."""
         resume, init_from, groups = self.config.resume, self.config.checkpoint.init_from, self.groups
         if resume == "never" and self.run_dir.exists() and any(self.run_dir.iterdir()):
@@ -277,6 +280,7 @@ class Trainer:
         elif resume != "never":
             found = checkpoint.resolve(resume, groups=groups, say=self._say)
         if found is not None:
+            checkpoint.check_fingerprints(found, fingerprints)
             progress = checkpoint.load(self.engine, found, groups=groups)
             self._say(f"continues {found} at step {progress.step}")
             if changed := checkpoint.changed_options(found, self.config_yaml):
@@ -284,9 +288,10 @@ class Trainer:
             return progress
         if init_from is not None:
             path = checkpoint.resolve(init_from, groups=groups, say=self._say)
+            checkpoint.check_fingerprints(path, fingerprints)
             report = checkpoint.load_weights(self.engine, path, average=self.config.checkpoint.init_from_average)
             self._say(f"starts from the weights of {path}: {report}")
-        return Progress()
+        return Progress(fingerprints=fingerprints)
 
     def _save(self) -> None:
         self.watchdog.beat(f"saving step {self.progress.step}")

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from mmar_megatron.data.prepare import TOKENIZER_NAME
+from mmar_megatron.data.prepare import TOKENIZER_NAME, make_shapes
 from mmar_megatron.data.shards import Index, Split
 from mmar_megatron.data.tokenizer import train_sentencepiece
 from mmar_megatron.training.metrics import read_metrics
-from tests.distributed.common import MODEL, make_data
+from tests.distributed.common import CODEC, MODEL, make_data
 from tests.unit.data.damage import damage_image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +70,11 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "other-shape": (["--resume", "{done}", "--model.backbone.ffn_hidden_size", "128"], "{done} ... linear_fc1"),
     "other-shape-to-begin-with": (["--checkpoint.init_from", "{done}", "--model.head.width", "32"], "{done} ... post_projector"),
+    "other-words": (["--resume", "{done}", "--data.path", "{other_words}"], "{done} ... was trained with the tokenizer ... give"),
+    "other-words-to-begin-with": (
+        ["--checkpoint.init_from", "{done}", "--data.path", "{other_words}"],
+        "{done} ... was trained with the tokenizer",
+    ),
     "run-dir-in-use": (["--run_dir", "{done}", "--resume", "never"], "{done} is not empty: choose another, or continue"),
     "nothing-to-resume": (["--resume", "{nowhere}"], "no checkpoint at {nowhere}: give"),
 }
@@ -115,8 +120,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         assert Index.load(directory).count(split) >= count
         for number in range(count):
             damage_image(directory, split=split, number=number)
+    make_shapes(root / "other_words", codec=CODEC, train=64, validation=16, vocab_size=390, log=lambda _: None)
     (root / "typo.yaml").write_text("model: {bakbone: {num_layers: 2}}\n")
-    names = ("data", "other", "truncated", "torn", "bad", "one_bad", "hopeless", "hopeless_held_out", "nowhere")
+    names = ("data", "other", "truncated", "torn", "bad", "one_bad", "hopeless", "hopeless_held_out", "other_words", "nowhere")
     return {name: str(root / name) for name in names} | {
         "typo": str(root / "typo.yaml"),
         "root": str(root),

@@ -158,6 +158,7 @@ def test_lengths_are_those_of_the_tasks() -> None:
             Task.CONTENT: min(200, 1 + tokens + 18 * source.images[number]),
         }
         assert window.length_D[d] == expected[task]
+        assert window.cut_D[d] == (task is Task.CONTENT and 1 + tokens + 18 * source.images[number] > 200)
         assert window.images_D[d] == (source.images[number] if task is Task.CONTENT else 1)
     assert {Task(task) for task in window.task_D} == set(Task)
     assert all(window.length_D[row].sum() <= 200 for row in window.rows)

@@ -52,6 +52,7 @@ def test_row_means_are_those_of_the_stream(tmp_path: Path, packing: bool) -> Non
     assert means.painted == pytest.approx(np.mean([batch.masked_MN.any(dim=1).sum() for batch in batches]))
     assert means.filled == pytest.approx(np.mean([(batch.document_ids_BS >= 0).sum() for batch in batches]))
     assert (loader.state.documents, loader.state.tokens) == (100, round(rows * means.filled))
+    assert means.cut == loader.counts["data"].truncated / 100
     assert packing or loader.counts["data"].truncated > 0
 
 
