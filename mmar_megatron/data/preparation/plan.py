@@ -196,7 +196,9 @@ def _refuse_equal_keys(
     equal = np.flatnonzero(np.diff(keys[order]) == 0)
     if len(equal):
         name = _name(kept[order[equal[0]]], looks, unfinished, source)
-        raise ValueError(f"{len(equal):,} records have the name of another, such as {name!r}: rename them, or of a table give another --key")
+        raise ValueError(
+            f"{len(equal):,} records have the name of another, such as {name!r}: rename them, or of a table give another --key"
+        )
 
 
 def _name(record: np.int64, looks: _Looks, unfinished: Unfinished, source: Any) -> str:
