@@ -26,7 +26,6 @@ NOT_NEGATIVE = (
     *("data.read_ahead", "data.cache_gb"),
     *("seed", "data.num_workers", "validation.every", "preview.every", "checkpoint.every", "model.alignment_loss_weight"),
     *("checkpoint.keep_last", "checkpoint.keep_every"),
-    *("data.tasks.text_to_image", "data.tasks.image_to_text", "data.tasks.image_only"),
     *("train.max_bad_steps", "train.spike_zscore", "train.hang_timeout_s"),
     *("optimizer.lr", "optimizer.min_lr", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_grad"),
 )
@@ -203,7 +202,10 @@ def _check_data(cfg: Namespace) -> None:
 
 
 def _check_tasks(option: str, tasks: Namespace) -> None:
-    _require(tasks.text_to_image + tasks.image_to_text + tasks.image_only > 0, f"{option} are all 0: make one of them positive.")
+    weights = vars(tasks)
+    for name, weight in weights.items():
+        _require(weight >= 0, f"{option}.{name} is {weight}: it must not be negative.")
+    _require(any(weights.values()), f"{option} are all 0: make one of them positive.")
 
 
 def _check_sources(data: Namespace) -> None:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from mmar_megatron import parallel, platform
 from mmar_megatron.config import Config, parse_command_line
+from mmar_megatron.data.held_out import HeldOut
 from mmar_megatron.data.shards import Sample
 from mmar_megatron.data.source import DataSource
 from mmar_megatron.engine.native import NativeEngine
@@ -134,10 +135,10 @@ def _load(config: Config, path: Path, *, average: bool) -> tuple[NativeEngine, D
 
 def _held_out(source: DataSource, count: int, *, one_object: bool) -> list[Sample]:
     """Evenly spread over the held-out split; of shapes only pictures with one object."""
-    reader = source.reader("validation")
-    numbers = [n for n in range(len(reader)) if not one_object or len(reader.metadata(n)["spec"]["things"]) == 1]
-    chosen = np.linspace(0, len(numbers) - 1, min(count, len(numbers))).round().astype(int)
-    return [reader.read_or_next(numbers[i])[0] for i in chosen]
+    held_out = HeldOut(source)
+    places = [p for p in range(len(held_out)) if not one_object or len(held_out.metadata(p)["spec"]["things"]) == 1]
+    chosen = np.linspace(0, len(places) - 1, min(count, len(places))).round().astype(int)
+    return [held_out.read(places[i]) for i in chosen]
 
 
 def _progress(done: int, rounds: int) -> None:

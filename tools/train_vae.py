@@ -33,7 +33,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmar_megatron import platform
-from mmar_megatron.data.shards import Index, Sample, ShardReader
+from mmar_megatron.data.index import Index
+from mmar_megatron.data.shards import Sample, ShardReader
 from mmar_megatron.data.vae import VAECodec, new_autoencoder, save_autoencoder
 from mmar_megatron.evaluation.reconstruction import psnr, ssim
 
@@ -177,7 +178,7 @@ class Training:
             group["lr"] = args.lr * learning_rate_share(self.step, steps=args.steps)
         drawn = np.random.default_rng([args.seed, self.step])
         numbers = drawn.integers(len(self._reader), size=args.batch_size)
-        pixels_BHW3 = np.stack([self._reader.read_or_next(int(number), check=_first_picture)[0].image_HW3 for number in numbers])
+        pixels_BHW3 = pictures(self._reader, numbers)
         mirrored_B = drawn.random(args.batch_size) < 0.5
         pixels_BHW3[mirrored_B] = pixels_BHW3[mirrored_B, :, ::-1]
         images = to_images(pixels_BHW3)
@@ -274,12 +275,19 @@ def finish(training: Training, directory: Path, *, train: ShardReader, held_out:
 
 def spread_pictures(reader: ShardReader) -> NDArray[np.uint8]:
     """At most 2,048 pictures, evenly spread: uint8 [B, H, W, 3]."""
-    numbers = np.linspace(0, len(reader) - 1, min(len(reader), _MEASURED)).astype(int)
-    return np.stack([reader.read_or_next(int(number), check=_first_picture)[0].image_HW3 for number in numbers])
+    return pictures(reader, np.linspace(0, len(reader) - 1, min(len(reader), _MEASURED)).astype(int))
+
+
+def pictures(reader: ShardReader, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """The first picture of each of these samples, or of the next that has one, as a text has not: uint8 [B, H, W, 3]."""
+    found = []
+    for number in numbers.tolist():
+        onwards = (n % len(reader) for n in range(number, number + len(reader)))
+        found.append(reader.read_first(onwards, check=_first_picture).image_HW3)
+    return np.stack(found)
 
 
 def _first_picture(sample: Sample) -> NDArray[np.uint8]:
-    """Which a text in a data set of conversations has not."""
     return sample.image_HW3
 
 

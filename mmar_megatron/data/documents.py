@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,14 +63,13 @@ class DocumentMaker:
         self, sample: Sample, opened: DataSet, *, sample_id: int, generator: np.random.Generator, flip: bool
     ) -> Document:
         parts = sample.content or []
-        tokens = iter(self._encode([part["text"] for part in parts if "text" in part], sample, opened, ends=_ends(parts)))
-        made: list[Text | DocumentImage] = []
-        for part in parts:
-            learn = part.get("learn", False)
-            if "text" in part:
-                made.append(Text(next(tokens), learn=learn, end=part.get("end", False)))
-            else:
-                made.append(self._image(sample, part["image"], generator, flip=flip, paint=learn))
+        ends = sum(part.get("end", False) for part in parts)
+        tokens = iter(self._encode([part["text"] for part in parts if "text" in part], sample, opened, ends=ends))
+        made = made_of(
+            parts,
+            encode=lambda _: next(tokens),
+            image=lambda number, paint: self._image(sample, number, generator, flip=flip, paint=paint),
+        )
         return self._source.builder.content(made, sample_id=sample_id)
 
     def _encode(self, texts: Sequence[str], sample: Sample, opened: DataSet, *, text: int = 0, ends: int = 0) -> list[list[int]]:
@@ -101,8 +100,25 @@ class DocumentMaker:
         )
 
 
-def _ends(parts: Sequence[dict[str, Any]]) -> int:
-    return sum(part.get("end", False) for part in parts)
+def made_of(
+    parts: Sequence[dict[str, Any]],
+    *,
+    encode: Callable[[str], list[int]],
+    image: Callable[[int, bool], DocumentImage],
+) -> list[Text | DocumentImage]:
+    """The parts of a content sample, as `DocumentBuilder.content` takes them.
+
+    Args:
+        parts: see `content`.
+        encode: text -> ids; asked in the order of the parts.
+        image: the sample's picture with this number, to be painted or seen.
+    """
+    return [
+        Text(encode(part["text"]), learn=part.get("learn", False), end=part.get("end", False))
+        if "text" in part
+        else image(part["image"], part.get("learn", False))
+        for part in parts
+    ]
 
 
 def visible_image(latents_NC: NDArray[np.float32], *, teacher_NF: NDArray[np.float32] | None = None) -> DocumentImage:

@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmar_megatron.data.codec import ImageCodec
+from mmar_megatron.data.index import Split
 from mmar_megatron.data.prepare import Record, Report, write_dataset
-from mmar_megatron.data.shards import Split
 
 LANGUAGES = ("en", "zh")
 _FETCH_SECONDS = 900

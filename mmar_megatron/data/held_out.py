@@ -3,31 +3,82 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from mmar_megatron.data.batch import Batch
-from mmar_megatron.data.documents import latents_of, visible_image
+from mmar_megatron.data.documents import latents_of, made_of, visible_image
 from mmar_megatron.data.draw import Use, draw_mask, sample_generator
-from mmar_megatron.data.index import BadDataError
-from mmar_megatron.data.sequence import Document, DocumentImage, Text
-from mmar_megatron.data.shards import Sample, UndecodableSampleError
+from mmar_megatron.data.index import PAIR
+from mmar_megatron.data.sequence import Document, DocumentImage
+from mmar_megatron.data.shards import Sample
 from mmar_megatron.data.source import DataSource
 
 _CACHE_BYTES = 512 * 2**20
-"""For decoded samples, on each rank, while the microbatches are made."""
+"""For decoded samples, on each rank, while the microbatches are made: each is read for several of them."""
+
+
+class HeldOut:
+    """The samples that validate: the pairs of the held-out split, or all of it where there are none. They are told by places.
+
+    Args:
+        source: the opened data sets; `validation_set` is read.
+
+    Raises:
+        ValueError: the split is empty.
+    """
+
+    def __init__(self, source: DataSource) -> None:
+        opened = source.validation_set
+        self.source = source
+        self._reader = source.reader("validation", cache_bytes=_CACHE_BYTES)
+        ids = opened.index.ids("validation")
+        pairs = np.flatnonzero(opened.index.kind[ids.start : ids.stop] == PAIR)
+        self._numbers: list[int] = (pairs if opened.has_pairs else np.arange(len(ids))).tolist()
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def read(self, place: int) -> Sample:
+        """The sample at a place (cyclically), or the next that can be decoded.
+
+        Raises:
+            BadDataError: none can.
+        """
+        size = len(self)
+        return self._reader.read_first(self._numbers[at % size] for at in range(place, place + size))
+
+    def read_ahead(self, places: Sequence[int]) -> None:
+        """A hint that these are read soon."""
+        self._reader.read_ahead([self._numbers[place % len(self)] for place in places])
+
+    def metadata(self, place: int) -> dict[str, Any]:
+        """What the tar says of a sample, without its picture."""
+        return self._reader.metadata(self._numbers[place])
+
+    def captions(self, count: int) -> list[str]:
+        """One of each of so many pairs (if there are so many), spread evenly.
+
+        Raises:
+            ValueError: there are no pairs.
+        """
+        opened = self.source.validation_set
+        if not opened.has_pairs:
+            raise ValueError(f"{opened.path} has no pictures with captions: set preview.every to 0")
+        count = min(count, len(self))
+        return [self.source.captions(self.read(i * len(self) // count))[0] for i in range(count)]
 
 
 class ValidationLoader:
     """Iterates over a fixed selection of the held-out samples, in a fixed grid of (mask ratio x noise level x noise).
 
-    The selection is spread evenly over the pairs of the split, or over its content where it has no pairs. Sample i of it has mask
-    ratio `mask_ratios[i % len(mask_ratios)]` and the noise levels (k + 0.5) / R at every token. Nothing depends on the layout;
-    the last microbatches are filled up with empty rows, so that every rank has equally many.
+    The selection is spread evenly. Sample i of it has mask ratio `mask_ratios[i % len(mask_ratios)]` and the noise levels
+    (k + 0.5) / R at every token. Nothing depends on the layout; the last microbatches are filled up with empty rows, so that every
+    rank has equally many.
 
     Args:
-        source: the opened data sets; `validation_set` is read.
+        held_out: the samples.
         seed: of masks and noise.
         timesteps: noise levels for each image token, R.
         mask_ratios: share of the image tokens that is masked in text to image.
@@ -41,7 +92,7 @@ class ValidationLoader:
 
     def __init__(
         self,
-        source: DataSource,
+        held_out: HeldOut,
         *,
         seed: int,
         timesteps: int,
@@ -53,10 +104,8 @@ class ValidationLoader:
         task: Literal["text_to_image", "image_to_text"],
         wrong_condition: bool = False,
     ) -> None:
-        self.source = source
-        self._reader = source.reader("validation", cache_bytes=_CACHE_BYTES)
-        self._numbers = source.held_out_numbers()
-        self._samples = min(samples, len(self._numbers))
+        self.source, self._held_out = held_out.source, held_out
+        self._samples = min(samples, len(held_out))
         self._seed = seed
         self._timesteps = timesteps
         self._mask_ratios = mask_ratios
@@ -81,22 +130,21 @@ class ValidationLoader:
 
     def _read_ahead(self, samples: Sequence[int]) -> None:
         """Announce what will be read, but for what takes the place of samples that will not do."""
-        size = len(self._numbers)
         places = [self._place(i) for i in samples]
         if self._wrong_condition:
             places = [place for own in places for place in (own, self._partner_place(own))]
-        self._reader.read_ahead(self._numbers[[place % size for place in places]].tolist())
+        self._held_out.read_ahead(places)
 
     def _place(self, i: int) -> int:
-        return i * len(self._numbers) // self._samples
+        return i * len(self._held_out) // self._samples
 
     def _partner_place(self, place: int) -> int:
-        return place + int(0.618 * len(self._numbers))
+        return place + int(0.618 * len(self._held_out))
 
     def _document(self, i: int) -> Document:
         source, builder = self.source, self.source.builder
         place = self._place(i)
-        sample = self._read(place)
+        sample = self._held_out.read(place)
         generator = sample_generator(sample.sample_id, seed=self._seed, epoch=0, use=Use.VALIDATION)
         ids = {"sample_id": source.validation_set.first_id + sample.sample_id}
         if not source.validation_set.has_pairs:
@@ -120,26 +168,13 @@ class ValidationLoader:
         return builder.text_to_image(source.tokenizer.encode(partner_caption), image=image, **ids)
 
     def _content(self, sample: Sample, generator: np.random.Generator, *, sample_id: int) -> Document:
-        source, encode = self.source, self.source.tokenizer.encode
-        parts: list[Text | DocumentImage] = [
-            Text(encode(part["text"]), learn=part.get("learn", False), end=part.get("end", False))
-            if "text" in part
-            else visible_image(latents_of(sample, part["image"], source=source, generator=generator))
-            for part in sample.content or []
-        ]
+        source = self.source
+        parts = made_of(
+            sample.content or [],
+            encode=source.tokenizer.encode,
+            image=lambda number, _: visible_image(latents_of(sample, number, source=source, generator=generator)),
+        )
         return source.builder.content(parts, sample_id=sample_id)
-
-    def _read(self, place: int) -> Sample:
-        """The sample, or the next that can be decoded."""
-        size = len(self._numbers)
-        for step in range(size):
-            try:
-                sample = self._reader.read(int(self._numbers[(place + step) % size]))
-                sample.decode()
-            except UndecodableSampleError:
-                continue
-            return sample
-        raise BadDataError(f"no validation sample of {self.source.validation_set.path} can be decoded: prepare it anew")
 
     def _caption(self, sample: Sample) -> str:
         """The one that stands for the sample."""
@@ -151,9 +186,8 @@ class ValidationLoader:
 
         Neighbours in a data set tend to be alike, and so do samples a simple fraction apart: the same emoji in two styles.
         """
-        size = len(self._numbers)
-        for step in range(size):
-            sample = self._read((self._partner_place(place) + step) % size)
+        for step in range(len(self._held_out)):
+            sample = self._held_out.read(self._partner_place(place) + step)
             if (other := self._caption(sample)) != caption:
                 return sample, other
         path = self.source.validation_set.path

@@ -18,7 +18,7 @@ from einops import reduce
 from numpy.typing import NDArray
 
 from mmar_megatron.data.draw import Use, sample_generator
-from mmar_megatron.data.shards import Split
+from mmar_megatron.data.index import Split
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 20, 30),

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmar_megatron.data.content import TextCounts
-from mmar_megatron.data.index import Index, Shard, Split, write_index
+from mmar_megatron.data.index import Shard, Split
 
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 ShardColumns = dict[str, NDArray[Any]]
@@ -134,39 +134,3 @@ def npy(array: NDArray[Any]) -> bytes:
 def shard_name(split: Split, number: int) -> str:
     """Of the split's shard with this number."""
     return f"{split}-{number:06d}.tar"
-
-
-class ShardWriter:
-    """Writes the tars of a data set one after the other, then its index.
-
-    Args:
-        directory: exists, and nobody reads it yet: its maker renames it when all is in.
-        samples_per_shard: a new tar is begun after so many.
-    """
-
-    def __init__(self, directory: Path, *, samples_per_shard: int) -> None:
-        self._directory = directory
-        self._samples_per_shard = samples_per_shard
-        self._open: tuple[Split, ShardFile] | None = None
-        self.shards: list[Shard] = []
-        self._columns: list[ShardColumns] = []
-
-    def add(self, key: str, *, split: Split, **sample: Any) -> None:
-        """Appends one sample (see `ShardFile.add`); all training samples come before all others."""
-        if self._open is None or self._open[0] != split or len(self._open[1]) == self._samples_per_shard:
-            self._end()
-            number = sum(shard.split == split for shard in self.shards)
-            self._open = split, ShardFile(self._directory / shard_name(split, number), split=split)
-        self._open[1].add(key, **sample)
-
-    def finish(self, **header: Any) -> Index:
-        """Closes the last tar and writes the index; `header` are the fields of `Index` that say what the data set is."""
-        self._end()
-        return write_index(self._directory, shards=self.shards, columns=self._columns, **header)
-
-    def _end(self) -> None:
-        if self._open is not None:
-            shard, columns = self._open[1].close()
-            self.shards.append(shard)
-            self._columns.append(columns)
-            self._open = None

@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,25 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mmar_megatron.data.index import INDEX_NAME, SPLITS, BadDataError, Index, Shard, Split
-from mmar_megatron.data.shard_writer import ShardWriter
+from mmar_megatron.data.index import BadDataError, Index, Shard, Split
 from mmar_megatron.data.storage import Storage, open_storage
-
-__all__ = [
-    "INDEX_NAME",
-    "SPLITS",
-    "BadDataError",
-    "Index",
-    "Sample",
-    "Shard",
-    "ShardReader",
-    "ShardWriter",
-    "Split",
-    "UndecodableSampleError",
-    "decode_image",
-    "encode_image",
-    "parse_members",
-]
 
 _BLOCK = 512
 _HEAD = 8192
@@ -198,6 +182,7 @@ class ShardReader:
     ) -> None:
         self.index = index
         self.ids = index.ids(split)
+        self._split = split
         self._directory = directory
         self._storage = storage or open_storage(directory)
         self._cache: dict[int, Sample] = {}
@@ -256,26 +241,24 @@ class ShardReader:
         """A hint that these samples are read soon, in this order."""
         self._storage.read_ahead([self.place(number) for number in numbers if number not in self._cache])
 
-    def read_or_next(self, number: int, *, check: Callable[[Sample], object] = Sample.decode_pictures) -> tuple[Sample, int]:
-        """The sample, or where it cannot be decoded the next one that can (cyclically), and how many were skipped.
+    def read_first(self, numbers: Iterable[int], *, check: Callable[[Sample], object] = Sample.decode) -> Sample:
+        """The first of these samples that can be decoded.
 
         The rule looks at the data alone, so every layout of ranks and workers replaces the same samples by the same others.
 
         Args:
-            number: within the split.
+            numbers: within the split.
             check: decodes what the caller needs.
 
         Raises:
-            BadDataError: no sample of the split can be decoded.
+            BadDataError: none can.
         """
-        for skipped in range(len(self)):
-            try:
-                sample = self.read((number + skipped) % len(self))
+        for number in numbers:
+            with suppress(UndecodableSampleError):
+                sample = self.read(number)
                 check(sample)
-                return sample, skipped
-            except UndecodableSampleError:
-                continue
-        raise BadDataError(f"no image in {self._directory} can be decoded: prepare the data set anew")
+                return sample
+        raise BadDataError(f"no {self._split} sample of {self._directory} can be decoded: prepare the data set anew")
 
     def _sample(self, number: int, data: bytes, name: str, offset: int) -> Sample:
         place = f"shard {self._directory}/{name} at {offset}"

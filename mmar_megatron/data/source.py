@@ -168,25 +168,6 @@ class DataSource:
         )
         return Planner([_lengths(opened, languages=config.languages) for opened in self.sets], settings)
 
-    def held_out_numbers(self) -> NDArray[np.int64]:
-        """Of the samples that validate: the pairs of the held-out split, or all of it where there are none."""
-        index = self.validation_set.index
-        ids = index.ids("validation")
-        pairs = np.flatnonzero(index.kind[ids.start : ids.stop] == PAIR)
-        return pairs if self.validation_set.has_pairs else np.arange(len(ids))
-
-    def held_out_pairs(self, count: int) -> list[Sample]:
-        """As many pairs (if there are so many), spread evenly over the held-out split; those that cannot be decoded give way.
-
-        Raises:
-            ValueError: there are none.
-        """
-        if not self.validation_set.has_pairs:
-            raise ValueError(f"{self.validation_set.path} has no pictures with captions: set preview.every to 0")
-        reader, numbers = self.reader("validation"), self.held_out_numbers()
-        count = min(count, len(numbers))
-        return [reader.read_or_next(int(numbers[i * len(numbers) // count]))[0] for i in range(count)]
-
     def captions(self, sample: Sample) -> list[str]:
         """All captions of a sample in the configured languages."""
         return [text for language in self.config.languages for text in sample.captions.get(language, [])]

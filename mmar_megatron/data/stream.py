@@ -15,7 +15,7 @@ import hashlib
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -71,6 +71,12 @@ class StreamState:
     tokens: int = 0
     """Positions that hold a document; those of images too."""
     images: int = 0
+
+    def plus(self, consumed: NDArray[np.int64], **changes: Any) -> StreamState:
+        """With so many more documents, tokens and images (one row of `Window.consumed`), and these changes."""
+        documents, tokens, images = consumed.tolist()
+        totals = {"documents": self.documents + documents, "tokens": self.tokens + tokens, "images": self.images + images}
+        return replace(self, **totals, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +165,9 @@ class Window:
         return before_D[np.cumsum([0, *map(len, self.rows)])]
 
 
+_COLUMNS = [f.name for f in fields(Window) if f.name not in ("source_D", "rows")]
+
+
 class Planner:
     """Plans windows of the stream.
 
@@ -186,32 +195,20 @@ class Planner:
         weights = [source.weight for source in self.sources]
         positions_D = np.arange(position, position + self.settings.window)
         source_D = choose(low_discrepancy(positions_D, seed=self.settings.seed), weights=weights)
-        columns = np.zeros((9, len(source_D)), dtype=np.int64)
+        columns = {name: np.zeros_like(source_D) for name in _COLUMNS}
         for s, source in enumerate(self.sources):
             mine = np.flatnonzero(source_D == s)
             first = places.get(source.name, 0)
-            columns[:, mine] = self._documents(s, places=np.arange(first, first + len(mine)))
-        number_D, epoch_D, task_D, text_D, length_D, images_D, labels_D, painted_D, cut_D = columns
+            for name, values in self._documents(s, places=np.arange(first, first + len(mine))).items():
+                columns[name][mine] = values
         if self.settings.packing:
-            rows = pack(length_D, sequence_length=self.settings.sequence_length)
+            rows = pack(columns["length_D"], sequence_length=self.settings.sequence_length)
             # Packing sorts by length; a step shall have all lengths.
             order = np.argsort(uniforms(np.arange(len(rows)), seed=self.settings.seed, epochs_P=position, use=Use.ROWS))
             rows = [rows[i] for i in order.tolist()]
         else:
             rows = [[d] for d in range(len(source_D))]
-        return Window(
-            source_D=source_D,
-            number_D=number_D,
-            epoch_D=epoch_D,
-            task_D=task_D,
-            text_D=text_D,
-            length_D=length_D,
-            images_D=images_D,
-            labels_D=labels_D,
-            painted_D=painted_D,
-            cut_D=cut_D,
-            rows=rows,
-        )
+        return Window(source_D=source_D, **columns, rows=rows)
 
     def places_after(self, window: Window, *, places: Mapping[str, int]) -> dict[str, int]:
         """How many documents each source gave before the window that follows; sources that are gone keep their place."""
@@ -219,8 +216,8 @@ class Planner:
         now = {source.name: places.get(source.name, 0) + count for source, count in zip(self.sources, given, strict=True)}
         return {**places, **now}
 
-    def _documents(self, s: int, *, places: NDArray[np.int64]) -> tuple[NDArray[np.integer], ...]:
-        """The columns of a window, from `number_D` on, for the documents at these places of a source."""
+    def _documents(self, s: int, *, places: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """The columns of a window for the documents at these places of a source."""
         source, settings, seed = self.sources[s], self.settings, self._seeds[s]
         epochs, within = np.divmod(places, len(source))
         numbers = np.empty_like(places)
@@ -244,11 +241,17 @@ class Planner:
         kinds = [task == Task.CONTENT, task == Task.IMAGE_ONLY]
         length = np.select(kinds, [content, np.full_like(tokens, alone)], default=alone + text_length)
         cut = np.select(kinds, [content > settings.sequence_length, np.zeros_like(pair)], default=tokens > room)
-        labels = np.select([task == Task.CONTENT, told], [source.learned[numbers], text_length + 1], default=0)
-        painted = np.where(task == Task.CONTENT, source.paints[numbers], ~told)
-        text -= source.text_start[numbers].astype(np.int64)
-        length = np.minimum(length, settings.sequence_length)
-        return numbers, epochs, task, text, length, images, labels, painted, cut
+        return {
+            "number_D": numbers,
+            "epoch_D": epochs,
+            "task_D": task,
+            "text_D": text - source.text_start[numbers].astype(np.int64),
+            "length_D": np.minimum(length, settings.sequence_length),
+            "images_D": images,
+            "labels_D": np.select([task == Task.CONTENT, told], [source.learned[numbers], text_length + 1], default=0),
+            "painted_D": np.where(task == Task.CONTENT, source.paints[numbers], ~told),
+            "cut_D": cut,
+        }
 
     def _order(self, s: int, epoch: int) -> ShuffledOrder:
         key = (s, epoch)
@@ -305,18 +308,12 @@ class Stream:
         self.again = state.row if state.plan not in ("", planner.fingerprint) else 0
         state = replace(state, row=state.row - self.again, plan=planner.fingerprint)
         self._windows: deque[_Placed] = deque()
-        self._append(-state.row, replace(state, row=0), entered=state)
+        self._append(-state.row, replace(state, row=0), entered_at=state.row)
 
-    def _append(self, first_row: int, state: StreamState, *, entered: StreamState | None = None) -> None:
+    def _append(self, first_row: int, state: StreamState, *, entered_at: int = 0) -> None:
         window = self._planner.window(state.position, places=state.places)
-        if entered is not None:  # the totals are those at the row where the stream was entered, not at the window's begin
-            documents, tokens, images = (-window.consumed[entered.row]).tolist()
-            state = replace(
-                state,
-                documents=entered.documents + documents,
-                tokens=entered.tokens + tokens,
-                images=entered.images + images,
-            )
+        # The totals are those at the row where the stream was entered, not at the window's begin.
+        state = state.plus(-window.consumed[entered_at])
         self._windows.append(_Placed(first_row, state, window))
 
     def rows(self, begin: int, end: int) -> Iterator[list[DocumentPlan]]:
@@ -329,15 +326,7 @@ class Stream:
         """The state when all rows before this one are consumed."""
         placed = self._at(row)
         number = row - placed.first_row
-        documents, tokens, images = placed.window.consumed[number].tolist()
-        before = placed.state
-        return replace(
-            before,
-            row=number,
-            documents=before.documents + documents,
-            tokens=before.tokens + tokens,
-            images=before.images + images,
-        )
+        return placed.state.plus(placed.window.consumed[number], row=number)
 
     def forget(self, row: int) -> None:
         """Rows before this one are not asked for any more."""
@@ -346,20 +335,14 @@ class Stream:
 
     def _at(self, row: int) -> _Placed:
         while row >= (end := self._windows[-1].first_row + len(self._windows[-1].window.rows)):
-            last = self._windows[-1]
-            consumed = self.after_window(last)
-            self._append(end, consumed)
+            self._append(end, self._after_window(self._windows[-1]))
         return self._windows[bisect_right([placed.first_row for placed in self._windows], row) - 1]
 
-    def after_window(self, placed: _Placed) -> StreamState:
+    def _after_window(self, placed: _Placed) -> StreamState:
         """The state at the begin of the window that follows."""
         before, window = placed.state, placed.window
-        documents, tokens, images = window.consumed[-1].tolist()
-        return replace(
-            before,
+        return before.plus(
+            window.consumed[-1],
             position=before.position + len(window.source_D),
             places=self._planner.places_after(window, places=before.places),
-            documents=before.documents + documents,
-            tokens=before.tokens + tokens,
-            images=before.images + images,
         )

@@ -84,9 +84,10 @@ class _Scanner:
         try:
             if shard.sha256:
                 check_size(self.directory, shard, found=_size(file))
-                if sha256_of(file) != shard.sha256:
-                    return f"shard {file} was altered, its SHA-256 is not the index's"
-            return scan_shard(file, tokenizer=self._tokenizer, languages=self.languages)
+            sha256 = sha256_of(file)
+            if shard.sha256 not in ("", sha256):
+                return f"shard {file} was altered, its SHA-256 is not the index's"
+            return replace(scan_shard(file, tokenizer=self._tokenizer, languages=self.languages), sha256=sha256)
         except ValueError as error:
             return str(error).removesuffix(": copy or prepare the data set anew")
 
@@ -147,6 +148,7 @@ class Scan:
     features: int | None = None
     """Of a teacher, for each token."""
     sha256: str = ""
+    """Of the file, where it was taken."""
 
 
 def scan_shard(file: Path, *, tokenizer: Tokenizer | None, languages: list[str] | None = None) -> Scan:
@@ -161,7 +163,7 @@ def scan_shard(file: Path, *, tokenizer: Tokenizer | None, languages: list[str] 
         ValueError: it is no tar as `shard_writer` writes them.
     """
     rows = []
-    found = Scan(columns={}, languages=languages or [], sha256=sha256_of(file))
+    found = Scan(columns={}, languages=languages or [])
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for key, begin, end, members in _samples(file, data):
             pictures = _pictures(data, members)

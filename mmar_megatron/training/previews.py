@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmar_megatron.config import PreviewConfig
+from mmar_megatron.data.held_out import HeldOut
 from mmar_megatron.data.source import DataSource
 from mmar_megatron.engine.base import Engine
 from mmar_megatron.inference.images import ImageSampling, paint
@@ -20,7 +21,7 @@ class Previews:
     """Paints the same held-out captions each time, with the same noise."""
 
     def __init__(self, config: PreviewConfig, *, source: DataSource, groups: ParallelGroups, seed: int) -> None:
-        self._captions = [source.captions(sample)[0] for sample in source.held_out_pairs(config.images)]
+        self._captions = HeldOut(source).captions(config.images)
         self._source, self._groups = source, groups
         self._sampling = ImageSampling(
             rounds=min(config.rounds, source.codec.num_tokens),

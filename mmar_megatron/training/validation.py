@@ -6,7 +6,7 @@ from typing import Literal
 
 from mmar_megatron.config import Config
 from mmar_megatron.data.batch import Batch
-from mmar_megatron.data.held_out import ValidationLoader
+from mmar_megatron.data.held_out import HeldOut, ValidationLoader
 from mmar_megatron.data.source import DataSource
 from mmar_megatron.engine.base import Engine
 from mmar_megatron.parallel import ParallelGroups
@@ -22,7 +22,7 @@ class Validation:
 
     def __init__(self, config: Config, *, source: DataSource, groups: ParallelGroups) -> None:
         self._config = config
-        self._source = source
+        self._held_out = HeldOut(source)
         self._groups = groups
         self._batches = {"text": self._load("image_to_text")}
         if source.validation_set.has_pairs:
@@ -35,7 +35,7 @@ class Validation:
     def _load(self, task: Literal["text_to_image", "image_to_text"], *, wrong_condition: bool = False) -> list[Batch]:
         config = self._config
         loader = ValidationLoader(
-            self._source,
+            self._held_out,
             seed=config.seed,
             timesteps=config.validation.timesteps,
             mask_ratios=config.validation.mask_ratios,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from mmar_megatron.data.index import Index, Split
 from mmar_megatron.data.prepare import TOKENIZER_NAME, make_shapes
-from mmar_megatron.data.shards import Index, Split
 from mmar_megatron.data.tokenizer import train_sentencepiece
 from mmar_megatron.training.metrics import read_metrics
 from tests.distributed.common import CODEC, MODEL, make_data

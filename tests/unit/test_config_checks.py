@@ -29,6 +29,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ['--data.sources={"a": {"path": "a", "tasks": {"text_to_image": 0, "image_to_text": 0}}}'],
         r"data\.sources\.a\.tasks are all 0: make one of them positive",
     ),
+    "source with a task below 0": (
+        ['--data.sources={"a": {"path": "a", "tasks": {"text_to_image": -1}}}'],
+        r"data\.sources\.a\.tasks\.text_to_image is -1.*: it must not be negative",
+    ),
     "data made and not read": (
         ['--data.sources={"a": {"path": "a"}}', "--data.generate=shapes"],
         r"data\.path, which is not read where there are data\.sources: leave out one",

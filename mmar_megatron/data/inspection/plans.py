@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 from mmar_megatron.data.source import DataSource
 from mmar_megatron.data.stream import Planner, Task, Window
 
-_WITHOUT_LIMIT = 1 << 40
-
 
 @dataclass(frozen=True, kw_only=True)
 class PackingFacts:
@@ -73,9 +71,8 @@ def gather_stream(source: DataSource, *, seed: int) -> StreamFacts:
         seed: of the stream.
     """
     planner, config = source.planner(seed=seed), source.config
-    unlimited = _window(planner, sequence_length=_WITHOUT_LIMIT, packing=False)
     table = [
-        _packing(_window(planner, sequence_length=length, packing=packing), unlimited, sequence_length=length, packing=packing)
+        _packing(_window(planner, sequence_length=length, packing=packing), sequence_length=length, packing=packing)
         for length in lengths_around(config.sequence_length, num_tokens=source.codec.num_tokens)
         for packing in (False, True)
     ]
@@ -106,7 +103,7 @@ def _window(planner: Planner, *, sequence_length: int, packing: bool) -> Window:
     return Planner(planner.sources, settings).window(0, places={})
 
 
-def _packing(window: Window, unlimited: Window, *, sequence_length: int, packing: bool) -> PackingFacts:
+def _packing(window: Window, *, sequence_length: int, packing: bool) -> PackingFacts:
     rows = len(window.rows)
     return PackingFacts(
         sequence_length=sequence_length,
@@ -116,7 +113,7 @@ def _packing(window: Window, unlimited: Window, *, sequence_length: int, packing
         used=float(window.length_D.sum()) / (rows * sequence_length),
         documents_per_row=len(window.length_D) / rows,
         images_per_row=float(window.images_D.sum()) / rows,
-        cut=float((window.length_D < unlimited.length_D).mean()),
+        cut=float(window.cut_D.mean()),
     )
 
 

@@ -11,9 +11,9 @@ import numpy as np
 from mmar_megatron.data.codec import ImageCodec
 from mmar_megatron.data.content import count_texts
 from mmar_megatron.data.index import SPLITS
-from mmar_megatron.data.shard_writer import ShardWriter
 from mmar_megatron.data.shards import encode_image
 from mmar_megatron.data.tokenizer import load_tokenizer
+from tests.unit.data.writing import ShardWriter
 
 WORDS = ["a", "large", "red", "circle", "small", "blue", "square", "at", "the", "top", "left", "on", "white", "background"]
 
@@ -56,17 +56,5 @@ def write_talks(
                 metadata={"content": parts},
                 counts=count_texts({"content": parts}, count=lambda text: len(loaded.encode(text)), languages=[]),
             )
-    writer.finish(
-        made_by={"source": "talks"},
-        image_size=codec.image_size,
-        codec=codec.fingerprint,
-        tokenizer=loaded.fingerprint,
-        num_tokens=codec.num_tokens,
-        channels=codec.channels,
-        pictures=True,
-        moments=False,
-        flipped=False,
-        teacher=None,
-        languages=[],
-    )
+    writer.finish(codec=codec, tokenizer=loaded.fingerprint)
     return out

@@ -14,12 +14,12 @@ from mmar_megatron.data.codec import build_codec
 from mmar_megatron.data.content import count_texts
 from mmar_megatron.data.loader import TrainLoader
 from mmar_megatron.data.prepare import TOKENIZER_NAME
-from mmar_megatron.data.shard_writer import ShardWriter
 from mmar_megatron.data.source import DataSource
 from mmar_megatron.data.tokenizer import load_tokenizer, train_sentencepiece
 from mmar_megatron.data.vae import VAECodec
 from tests.unit.data.autoencoders import make_autoencoder
 from tests.unit.data.mixes import write_talks
+from tests.unit.data.writing import ShardWriter
 
 SAMPLES, FEATURES = 12, 5
 
@@ -49,12 +49,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
             counts=count_texts({"captions": captions}, count=lambda t: len(tokenizer.encode(t)), languages=["en"]),
         )
     writer.finish(
-        made_by={},
-        image_size=16,
-        codec=codec.fingerprint,
+        codec=codec,
         tokenizer=tokenizer.fingerprint,
-        num_tokens=codec.num_tokens,
-        channels=codec.channels,
         pictures=False,
         moments=True,
         flipped=True,

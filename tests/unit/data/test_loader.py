@@ -12,7 +12,7 @@ import torch
 from mmar_megatron.config import CodecConfig, DataConfig, MaskRatioConfig, TaskConfig
 from mmar_megatron.data.batch import IGNORE, Batch
 from mmar_megatron.data.codec import PatchCodec
-from mmar_megatron.data.held_out import ValidationLoader
+from mmar_megatron.data.held_out import HeldOut, ValidationLoader
 from mmar_megatron.data.index import Split
 from mmar_megatron.data.loader import TrainLoader
 from mmar_megatron.data.prepare import Record, ensure_data, write_dataset
@@ -40,7 +40,7 @@ def validation_loader(config: DataConfig, **overrides: Any) -> ValidationLoader:
         "micro_batch_size": 4,
         "task": "text_to_image",
     }
-    return ValidationLoader(DataSource(config), **{**defaults, **overrides})
+    return ValidationLoader(HeldOut(DataSource(config)), **{**defaults, **overrides})
 
 
 def rows(batch: Batch) -> Iterator[tuple[bytes, ...]]:
@@ -312,14 +312,14 @@ def test_validation_announces_what_it_reads(
     )
     announced: list[int] = []
     read: list[int] = []
-    of_reader = loader._reader.read
+    of_reader = loader._held_out._reader.read
 
     def reading(number: int) -> Sample:
         read.append(number)
         return of_reader(number)
 
-    monkeypatch.setattr(loader._reader, "read_ahead", announced.extend)
-    monkeypatch.setattr(loader._reader, "read", reading)
+    monkeypatch.setattr(loader._held_out._reader, "read_ahead", announced.extend)
+    monkeypatch.setattr(loader._held_out._reader, "read", reading)
     list(loader)
     assert read
     assert set(announced) <= set(read)

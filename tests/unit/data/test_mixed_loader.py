@@ -14,7 +14,7 @@ import torch
 from mmar_megatron.config import DataConfig, SourceConfig, TaskConfig
 from mmar_megatron.data.batch import IGNORE, Batch
 from mmar_megatron.data.codec import PatchCodec
-from mmar_megatron.data.held_out import ValidationLoader
+from mmar_megatron.data.held_out import HeldOut, ValidationLoader
 from mmar_megatron.data.index import Index
 from mmar_megatron.data.loader import TrainLoader
 from mmar_megatron.data.prepare import make_shapes
@@ -184,12 +184,14 @@ def test_validation_of_talks_has_their_text_loss(config: DataConfig) -> None:
     source = DataSource(replace(config, validation_source="talks"))
     assert not source.validation_set.has_pairs
     batches = list(
-        ValidationLoader(source, seed=1, timesteps=2, mask_ratios=[1.0], samples=100, micro_batch_size=4, task="image_to_text")
+        ValidationLoader(
+            HeldOut(source), seed=1, timesteps=2, mask_ratios=[1.0], samples=100, micro_batch_size=4, task="image_to_text"
+        )
     )
     assert len(sample_ids(batches)) == 12
     assert sum(int(batch.num_labels) for batch in batches) > 0
     with pytest.raises(ValueError, match=r"talks has no pictures with captions: set preview.every to 0"):
-        source.held_out_pairs(2)
+        HeldOut(source).captions(2)
 
 
 def test_sources_that_do_not_go_together_are_refused(config: DataConfig, tmp_path: Path) -> None:

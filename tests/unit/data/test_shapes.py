@@ -3,6 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
+from mmar_megatron.data.index import Split
 from mmar_megatron.data.shapes import (
     BACKGROUNDS,
     COLOURS,
@@ -15,7 +16,6 @@ from mmar_megatron.data.shapes import (
     draw_scenes,
     render,
 )
-from mmar_megatron.data.shards import Split
 
 SQUARE = Scene(background="white", things=(Thing(size="large", colour="red", shape="square", place="top left"),))
 

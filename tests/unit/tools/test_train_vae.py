@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from mmar_megatron.data.codec import PatchCodec
+from mmar_megatron.data.index import Index
 from mmar_megatron.data.prepare import make_shapes
-from mmar_megatron.data.shards import Index, ShardReader
+from mmar_megatron.data.shards import ShardReader
 from mmar_megatron.data.vae import WEIGHTS_NAMES, VAECodec
 from mmar_megatron.evaluation.reconstruction import psnr, ssim
 from tools import train_vae

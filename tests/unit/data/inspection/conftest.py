@@ -16,10 +16,11 @@ from mmar_megatron.config import CodecConfig, DataConfig, SourceConfig
 from mmar_megatron.data.codec import PatchCodec
 from mmar_megatron.data.content import count_texts
 from mmar_megatron.data.index import Split
-from mmar_megatron.data.shard_writer import ShardWriter
+from mmar_megatron.data.inspection.opening import StoredCodec
 from mmar_megatron.data.shards import encode_image
 from mmar_megatron.data.source import DataSource
 from mmar_megatron.data.tokenizer import load_tokenizer
+from tests.unit.data.writing import ShardWriter
 
 CODEC = PatchCodec(image_size=32, patch_size=4)
 SHAPES, TALKS, SEQUENCE_LENGTH = "shapes", "talks", 256
@@ -56,7 +57,6 @@ def write(
     samples: Sequence[tuple[Split, Mapping[str, Any], int]],
     tokenizer: Path,
     moments: bool = False,
-    codec: str = CODEC.fingerprint,
 ) -> Path:
     """A data set; with moments in place of pixels, or with pixels."""
     out.mkdir()
@@ -68,17 +68,13 @@ def write(
         arrays = {"moments": np.zeros((pictures, 2, CODEC.num_tokens, 4), dtype=np.float16)} if moments and pictures else {}
         counts = count_texts(metadata, count=lambda text: len(loaded.encode(text)), languages=["en", "zh"])
         writer.add(f"talk_{number:02d}", split=split, metadata=metadata, pictures=stored, arrays=arrays, counts=counts)
+    sizes = {"image_size": 32, "num_tokens": CODEC.num_tokens, "channels": 4, "codec": "vae 0123456789"}
     writer.finish(
-        made_by={"source": "talks"},
-        image_size=32,
-        codec=codec,
+        codec=StoredCodec(sizes) if moments else CODEC,
         tokenizer=loaded.fingerprint,
-        num_tokens=CODEC.num_tokens,
-        channels=4 if moments else CODEC.channels,
+        made_by={"source": "talks"},
         pictures=not moments,
         moments=moments,
-        flipped=False,
-        teacher=None,
         languages=["en", "zh"],
     )
     return out
@@ -99,7 +95,6 @@ def moments_dir(shapes_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         samples=talks(),
         tokenizer=shapes_dir / "tokenizer.model",
         moments=True,
-        codec="vae 0123456789",
     )
 
 
