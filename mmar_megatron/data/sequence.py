@@ -12,9 +12,9 @@ F teacher features, L tokens of a document.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -178,57 +178,50 @@ def assemble(
     """
     num_rows, num_slots = len(rows), max(1, sum(len(document.images) for row in rows for document in row))
     num_tokens, channels = image_shape
-    tokens_BS = np.full((num_rows, sequence_length), pad_id, dtype=np.int64)
-    labels_BS = np.full_like(tokens_BS, IGNORE)
-    position_ids_BS = np.zeros_like(tokens_BS)
-    document_ids_BS = np.full_like(tokens_BS, -1)
-    span_ids_BS = np.full_like(tokens_BS, -1)
-    latents_MNC = np.zeros((num_slots, num_tokens, channels), dtype=np.float32)
-    image_positions_MN = np.zeros((num_slots, num_tokens), dtype=np.int64)
-    visible_MN = np.zeros((num_slots, num_tokens), dtype=np.bool_)
-    masked_MN = np.zeros_like(visible_MN)
-    timesteps_MNR = np.zeros((num_slots, num_tokens, timestep_multiplier), dtype=np.float32)
-    noise_MNRC = np.zeros((num_slots, num_tokens, timestep_multiplier, channels), dtype=np.float32)
-    teacher_MNF = np.zeros((num_slots, num_tokens, teacher_features), dtype=np.float32)
-    sample_ids_BK = np.full((num_rows, max(map(len, rows), default=0)), -1, dtype=np.int64)
+    arrays: dict[str, NDArray[Any]] = {
+        "tokens_BS": np.full((num_rows, sequence_length), pad_id),
+        "labels_BS": np.full((num_rows, sequence_length), IGNORE),
+        "position_ids_BS": np.zeros((num_rows, sequence_length), dtype=np.int64),
+        "document_ids_BS": np.full((num_rows, sequence_length), -1),
+        "span_ids_BS": np.full((num_rows, sequence_length), -1),
+        "latents_MNC": np.zeros((num_slots, num_tokens, channels), dtype=np.float32),
+        "image_positions_MN": np.zeros((num_slots, num_tokens), dtype=np.int64),
+        "visible_MN": np.zeros((num_slots, num_tokens), dtype=np.bool_),
+        "masked_MN": np.zeros((num_slots, num_tokens), dtype=np.bool_),
+        "timesteps_MNR": np.zeros((num_slots, num_tokens, timestep_multiplier), dtype=np.float32),
+        "noise_MNRC": np.zeros((num_slots, num_tokens, timestep_multiplier, channels), dtype=np.float32),
+        "sample_ids_BK": np.full((num_rows, max(map(len, rows), default=0)), -1),
+    }
+    if teacher_features:
+        arrays["teacher_MNF"] = np.zeros((num_slots, num_tokens, teacher_features), dtype=np.float32)
 
-    m = 0
+    slot = 0
     for b, documents in enumerate(rows):
-        start, first_of_row = 0, m
+        start, first_of_row = 0, slot
         for d, document in enumerate(documents):
-            end = start + len(document.tokens_L)
-            tokens_BS[b, start:end] = document.tokens_L
-            labels_BS[b, start:end] = document.labels_L
-            position_ids_BS[b, start:end] = np.arange(end - start)
-            document_ids_BS[b, start:end] = d
-            sample_ids_BK[b, d] = document.sample_id
+            here = (b, slice(start, start + len(document.tokens_L)))
+            arrays["tokens_BS"][here] = document.tokens_L
+            arrays["labels_BS"][here] = document.labels_L
+            arrays["position_ids_BS"][here] = np.arange(len(document.tokens_L))
+            arrays["document_ids_BS"][here] = d
+            arrays["sample_ids_BK"][b, d] = document.sample_id
             for image_start, image in document.images:
                 begin = start + image_start
-                span_ids_BS[b, begin : begin + num_tokens] = m - first_of_row
-                image_positions_MN[m] = b * sequence_length + begin + np.arange(num_tokens)
-                latents_MNC[m] = image.latents_NC
-                masked_MN[m] = image.masked_N
-                visible_MN[m] = ~image.masked_N
-                if image.timesteps_NR is not None and image.noise_NRC is not None:
-                    timesteps_MNR[m] = image.timesteps_NR
-                    noise_MNRC[m] = image.noise_NRC
-                if teacher_features and image.teacher_NF is not None:
-                    teacher_MNF[m] = image.teacher_NF
-                m += 1
-            start = end
+                arrays["span_ids_BS"][b, begin : begin + num_tokens] = slot - first_of_row
+                arrays["image_positions_MN"][slot] = b * sequence_length + begin + np.arange(num_tokens)
+                _fill_slot(arrays, slot, image)
+                slot += 1
+            start += len(document.tokens_L)
+    return Batch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
 
-    return Batch(
-        tokens_BS=torch.from_numpy(tokens_BS),
-        labels_BS=torch.from_numpy(labels_BS),
-        position_ids_BS=torch.from_numpy(position_ids_BS),
-        document_ids_BS=torch.from_numpy(document_ids_BS),
-        span_ids_BS=torch.from_numpy(span_ids_BS),
-        latents_MNC=torch.from_numpy(latents_MNC),
-        image_positions_MN=torch.from_numpy(image_positions_MN),
-        visible_MN=torch.from_numpy(visible_MN),
-        masked_MN=torch.from_numpy(masked_MN),
-        timesteps_MNR=torch.from_numpy(timesteps_MNR),
-        noise_MNRC=torch.from_numpy(noise_MNRC),
-        teacher_MNF=torch.from_numpy(teacher_MNF) if teacher_features else None,
-        sample_ids_BK=torch.from_numpy(sample_ids_BK),
-    )
+
+def _fill_slot(arrays: Mapping[str, NDArray[Any]], slot: int, image: DocumentImage) -> None:
+    """What a batch takes from an image itself; where that lacks something, the zeros stay."""
+    arrays["latents_MNC"][slot] = image.latents_NC
+    arrays["masked_MN"][slot] = image.masked_N
+    arrays["visible_MN"][slot] = ~image.masked_N
+    if image.timesteps_NR is not None and image.noise_NRC is not None:
+        arrays["timesteps_MNR"][slot] = image.timesteps_NR
+        arrays["noise_MNRC"][slot] = image.noise_NRC
+    if "teacher_MNF" in arrays and image.teacher_NF is not None:
+        arrays["teacher_MNF"][slot] = image.teacher_NF

@@ -10,7 +10,6 @@ from mmar_megatron.data.content import conversation_parts
 from mmar_megatron.data.preparation.records import EMPTY_TEXT, UNFIT, Block, Picture, Raw
 from mmar_megatron.data.preparation.rows import Rows
 from mmar_megatron.data.preparation.tables import picture_in
-from mmar_megatron.data.preparation.tars import prefixes
 
 Kind = Literal["conversations", "text"]
 
@@ -48,7 +47,6 @@ class DocumentSource:
         for number, file in enumerate(self._rows.files):
             if not set(expected) & set(self._rows.column_names(number)):
                 raise ValueError(f"{file} has neither {expected[0]!r} nor {expected[1]!r} in its rows: name a file that has")
-        self._prefixes = prefixes(self._rows.files)
         self.chunk_records = self._rows.chunk_records
         self.settings = {
             "source": kind,
@@ -68,14 +66,13 @@ class DocumentSource:
 
     def read(self, block: Block, rows: Sequence[int] | None = None) -> Iterator[Raw]:
         """See `Source`."""
-        for number, place, row in self._rows.read(block, rows):
-            name = f"{self._prefixes[number]}/{place:09d}"
+        for file, name, row in self._rows.read(block, rows):
             if row is None:
                 yield Raw(name=name, content=[], fault=UNFIT)
                 continue
             name = name if self._key is None else str(row.get(self._key))
             group = row.get(self._group) if self._group else None
-            folder = self._images or self._rows.files[number].parent
+            folder = self._images or file.parent
             content, found, fault = self._parts(row, folder)
             pictures = [picture for picture, _ in found]
             path = next((path for _, path in found if path), None)

@@ -13,7 +13,7 @@ from typing import Any
 
 from mmar_megatron.data.preparation.folders import BLOCK_RECORDS
 from mmar_megatron.data.preparation.records import Block
-from mmar_megatron.data.preparation.tars import existing_files
+from mmar_megatron.data.preparation.tars import existing_files, prefixes
 
 LINES, TABLE, ARRAY, PARQUET = (".jsonl", ".ndjson"), (".csv", ".tsv"), (".json",), (".parquet",)
 SUFFIXES = (*LINES, *TABLE, *ARRAY, *PARQUET)
@@ -35,6 +35,7 @@ class Rows:
 
     def __init__(self, files: Sequence[str | Path], *, columns: Sequence[str] | None = None) -> None:
         self.files = existing_files(files)
+        self._prefixes = prefixes(self.files)
         self._columns = columns
         for file in self.files:
             if file.suffix not in SUFFIXES:
@@ -50,8 +51,8 @@ class Rows:
                 yield Block(records, [number, first, place])
                 first += records
 
-    def read(self, block: Block, rows: Sequence[int] | None = None) -> Iterator[tuple[int, int, Row]]:
-        """The number of the file, of the row in it, and the row; of a block's, or of those with these numbers within it."""
+    def read(self, block: Block, rows: Sequence[int] | None = None) -> Iterator[tuple[Path, str, Row]]:
+        """The file, a name of the row, and the row; of a block's, or of those with these numbers within it."""
         number, first, place = block.locator
         file = self.files[number]
         wanted = range(block.records) if rows is None else rows
@@ -65,7 +66,7 @@ class Rows:
         else:
             found = _read_parquet(file, place, wanted, self._columns)
         for row, content in zip(wanted, found, strict=True):
-            yield number, first + row, content
+            yield file, f"{self._prefixes[number]}/{first + row:09d}", content
 
     def column_names(self, number: int) -> list[str]:
         """Of a file; of JSON, those that the rows of its first block have."""

@@ -9,7 +9,6 @@ from typing import Any
 
 from mmar_megatron.data.preparation.records import NO_PICTURE, UNFIT, Block, CaptionFields, Encoded, Picture, Raw
 from mmar_megatron.data.preparation.rows import Rows
-from mmar_megatron.data.preparation.tars import prefixes
 
 _LONGEST_PATH = 4096
 _BASE64 = ("data:", "iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
@@ -55,7 +54,6 @@ class TableSource:
         self._rows.check_columns([image], option="--image")
         self._rows.check_columns([column for _, column in captions.pairs], option="--captions")
         self._rows.check_columns(named, option="--key, --group or --keep")
-        self._prefixes = prefixes(self._rows.files)
         self.chunk_records = self._rows.chunk_records
         self.settings = {
             "source": "table",
@@ -78,14 +76,12 @@ class TableSource:
 
     def read(self, block: Block, rows: Sequence[int] | None = None) -> Iterator[Raw]:
         """See `Source`."""
-        for number, place, row in self._rows.read(block, rows):
-            name = f"{self._prefixes[number]}/{place:09d}"
+        for file, name, row in self._rows.read(block, rows):
             if row is None:
                 yield Raw(name=name, fault=UNFIT)
                 continue
             captions, fault = self._captions.of(row)
-            folder = self._images or self._rows.files[number].parent
-            picture, path = picture_in(row.get(self._image), folder=folder)
+            picture, path = picture_in(row.get(self._image), folder=self._images or file.parent)
             group = row.get(self._group) if self._group else path
             yield Raw(
                 name=name if self._key is None else str(row.get(self._key)),

@@ -133,8 +133,8 @@ def test_blocks_can_be_read_by_themselves(tmp_path: Path, monkeypatch: pytest.Mo
     source = Rows([write_table(tmp_path, suffix)])
     blocks = list(source.blocks())
     assert [block.records for block in blocks] == [2, 2, 1]
-    everything = [(place, row["id"]) for block in blocks for _, place, row in source.read(block) if row]
-    assert everything == [(k, f"row-{k}") for k in range(5)]
+    everything = [(name, row["id"]) for block in blocks for _, name, row in source.read(block) if row]
+    assert everything == [(f"table/{k:09d}", f"row-{k}") for k in range(5)]
     assert [row["id"] for block in blocks[:2] for _, _, row in source.read(block, [1]) if row] == ["row-1", "row-3"]
 
 
