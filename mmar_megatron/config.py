@@ -68,6 +68,22 @@ class DiffusionConfig:
 
 
 @dataclass(kw_only=True)
+class RotaryScalingConfig:
+    """How a pretrained backbone stretches its rotary position embedding over a longer context."""
+
+    scaling: Literal["none", "linear", "llama3"] = "none"
+    """`linear`: position interpolation; `llama3`: Llama 3.1's, which leaves short wavelengths as they are."""
+    factor: float = 1.0
+    """By which frequencies are divided."""
+    low_freq_factor: float = 1.0
+    """`llama3`: wavelengths above `original_max_position` / this are stretched in full."""
+    high_freq_factor: float = 4.0
+    """`llama3`: wavelengths below `original_max_position` / this are left."""
+    original_max_position: int = 8192
+    """`llama3`: context of the model before it was stretched."""
+
+
+@dataclass(kw_only=True)
 class ModelConfig:
     """The MMAR model: backbone, EmbeddingViT, projectors, diffusion head."""
 
@@ -81,6 +97,7 @@ class ModelConfig:
     """Share the word embeddings with the output layer."""
     rotary_base: float = 10000.0
     """Base of the rotary position embedding."""
+    rotary_scaling: RotaryScalingConfig = field(default_factory=RotaryScalingConfig)
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
     image_loss_weight: float = 1.0

@@ -40,6 +40,7 @@ NOT_EMPTY = ("data.languages", "validation.mask_ratios")
 NOT_OURS = {
     "normalization": ("RMSNorm", "the backbone's norm is RMSNorm"),
     "rotary_interleaved": (False, "the rotary embedding turns halves, as in Llama"),
+    "window_size": (None, "attention reaches over the whole sequence"),
     "num_moe_experts": (None, "the backbone is dense"),
     "multi_latent_attention": (False, "attention is grouped-query attention"),
 }
@@ -118,6 +119,13 @@ def _check_model(cfg: Namespace) -> None:
     _require(
         model.alignment_loss_weight == 0 or model.alignment_features > 0,
         "model.alignment_loss_weight is not 0: give model.alignment_features, the width of the teacher's features.",
+    )
+    rotary = model.rotary_scaling
+    _require(rotary.factor > 0, f"model.rotary_scaling.factor is {rotary.factor}: it must be above 0.")
+    _require(
+        0 < rotary.low_freq_factor < rotary.high_freq_factor,
+        f"model.rotary_scaling.low_freq_factor {rotary.low_freq_factor} must be above 0 and below high_freq_factor "
+        f"{rotary.high_freq_factor}: change one of them.",
     )
     _require(
         cfg.preview.sampling_steps <= model.diffusion.num_timesteps,

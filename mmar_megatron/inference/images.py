@@ -7,7 +7,6 @@ condition.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ from mmar_megatron import platform
 from mmar_megatron.data.sequence import DocumentImage
 from mmar_megatron.data.source import DataSource
 from mmar_megatron.diffusion.parameterization import guide
+from mmar_megatron.diffusion.rounds import cosine_rounds, image_generator, random_order
 from mmar_megatron.diffusion.sampler import Sampler, SamplerKind
 from mmar_megatron.engine.base import Engine
 from mmar_megatron.model.mmar_model import MMARModel
@@ -68,19 +68,16 @@ def paint(
         ValueError: more rounds than tokens.
     """
     num_tokens, channels = source.codec.num_tokens, source.codec.channels
-    if sampling.rounds > num_tokens:
-        raise ValueError(
-            f"{sampling.rounds} rounds asked for images of {num_tokens} tokens: use at most as many rounds as tokens."
-        )
+    stretches = cosine_rounds(num_tokens, rounds=sampling.rounds)
     prompts = [source.tokenizer.encode(caption) for caption in captions]
     numbers = range(first_number, first_number + len(captions))
-    orders_BN = np.stack([np.random.Generator(_bits(sampling.seed, b, 0)).permutation(num_tokens) for b in numbers])
+    orders_BN = np.stack([random_order(num_tokens, seed=sampling.seed, image=b) for b in numbers])
     latents_BNC = np.zeros((len(captions), num_tokens, channels), dtype=np.float32)
     masked_BN = np.ones((len(captions), num_tokens), dtype=np.bool_)
 
-    for number, (begin, end) in enumerate(_rounds(num_tokens, sampling.rounds), start=1):
+    for number, (begin, end) in enumerate(stretches, start=1):
         chosen_BK = orders_BN[:, begin:end]
-        streams = [np.random.Generator(_bits(sampling.seed, b, number)) for b in numbers]
+        streams = [image_generator(sampling.seed, image=b, round_number=number) for b in numbers]
         tokens_BKC = _draw_round(
             engine, prompts, latents_BNC, masked_BN, chosen_BK, source=source, groups=groups, sampling=sampling, streams=streams
         )
@@ -89,20 +86,6 @@ def paint(
         if progress is not None:
             progress(number, sampling.rounds)
     return source.codec.decode(latents_BNC)
-
-
-def _bits(seed: int, image: int, round_number: int) -> np.random.Philox:
-    return np.random.Philox(key=seed, counter=[0, 0, image, round_number])
-
-
-def _rounds(num_tokens: int, rounds: int) -> list[tuple[int, int]]:
-    """Which stretch of the order each round fills: MAR's cosine schedule, few at first, at least one in each."""
-    ends: list[int] = []
-    for k in range(1, rounds + 1):
-        filled = num_tokens - math.floor(num_tokens * math.cos(math.pi / 2 * k / rounds))
-        at_least, at_most = (ends[-1] if ends else 0) + 1, num_tokens - (rounds - k)
-        ends.append(min(max(filled, at_least), at_most))
-    return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 def _draw_round(

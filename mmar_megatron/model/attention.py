@@ -17,6 +17,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from mmar_megatron.model.rotary import inverse_frequencies
+
 
 def mixed_attention_allowed(*, document_ids_BS: Tensor, span_ids_BS: Tensor) -> Tensor:
     """Which key each query may attend to, bool [B, S, S] (query, key).
@@ -75,11 +77,11 @@ class MixedAttention(MegatronModule):
         return rearrange(output, "b h s d -> s b (h d)")
 
 
-def rotary_frequencies(position_ids_BS: Tensor, *, head_dim: int, base: float) -> Tensor:
-    """Angles of the rotary embedding, [S, B, 1, head_dim] in fp32 (RoFormer, arXiv 2104.09864; halves, not pairs, as in Llama).
+def rotary_angles(position_ids_BS: Tensor, *, head_dim: int, base: float, **scaling: Any) -> Tensor:
+    """Angles of the rotary embedding, [S, B, 1, head_dim] in fp32. `scaling` as in `inverse_frequencies`.
 
     Each sequence has its own, because positions restart with every document.
     """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids_BS.device) / head_dim
-    angles_SBF = position_ids_BS.t().float()[:, :, None] * base**-exponent
+    frequencies_F = inverse_frequencies(head_dim, base=base, device=position_ids_BS.device, **scaling)
+    angles_SBF = position_ids_BS.t().float()[:, :, None] * frequencies_F
     return torch.cat((angles_SBF, angles_SBF), dim=-1).unsqueeze(2)

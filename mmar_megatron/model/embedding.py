@@ -5,6 +5,8 @@ Suffixes: B sequences, S positions, D width of the backbone, M images, N tokens 
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import torch
 from einops import rearrange
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
@@ -44,7 +46,7 @@ class MultimodalEmbedding(MegatronModule):
         )
         grid = {"grid_height": geometry.grid_height, "grid_width": geometry.grid_width}
         with seeded(seed, "embedding"):
-            self.embedding_vit = EmbeddingViT(vit, channels=geometry.channels, **grid)
+            self.embedding_vit = EmbeddingViT(**asdict(vit), channels=geometry.channels, **grid)
             self.vis_projector = Projector(in_features=vit.hidden_size, out_features=config.hidden_size)
             self.mask_embedding = nn.Parameter(torch.randn(config.hidden_size) * config.init_method_std)
             self.position = PositionEmbedding2D(**grid, width=config.hidden_size, scale=config.init_method_std)

@@ -14,8 +14,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mmar_megatron.config import HeadConfig
-
 
 class TimestepEmbedder(nn.Module):
     """Sinusoids of the timestep, then an MLP."""
@@ -73,17 +71,17 @@ class FinalLayer(nn.Module):
 class DiffusionHead(nn.Module):
     """Predicts u (v by default) for noisy tokens, each on its own, given the backbone's condition z."""
 
-    def __init__(self, config: HeadConfig, *, channels: int, condition_width: int) -> None:
+    def __init__(self, *, depth: int, width: int, channels: int, condition_width: int) -> None:
         super().__init__()
-        width = config.width
         self.time_embed = TimestepEmbedder(width=width)
         self.cond_embed = nn.Linear(condition_width, width)
         self.input_proj = nn.Linear(channels, width)
-        self.res_blocks = nn.ModuleList(ResBlock(width=width) for _ in range(config.depth))
+        self.res_blocks = nn.ModuleList(ResBlock(width=width) for _ in range(depth))
         self.final_layer = FinalLayer(width=width, channels=channels)
-        self._initialize()
+        self.reset_parameters()
 
-    def _initialize(self) -> None:
+    def reset_parameters(self) -> None:
+        """Draw initial weights."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

@@ -37,6 +37,13 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
+_NORM_NAMES = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+"""In checkpoints the norms have the names of Transformer Engine's layers, which hold them within the linear that follows."""
+
+
 def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
     """A decoder layer of megatron-core's own modules, with mixed attention."""
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
@@ -59,6 +66,7 @@ def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=_NORM_NAMES,
         ),
     )
 

@@ -8,6 +8,7 @@ megatron-core is [S, B, D].
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ from mmar_megatron.diffusion.parameterization import (
     zero_loss,
 )
 from mmar_megatron.diffusion.schedule import NoiseSchedule
-from mmar_megatron.model.attention import attention_bias, mixed_attention_allowed, rotary_frequencies
+from mmar_megatron.model.attention import attention_bias, mixed_attention_allowed, rotary_angles
 from mmar_megatron.model.embedding import MultimodalEmbedding
 from mmar_megatron.model.head import DiffusionHead
 from mmar_megatron.model.image_geometry import ImageGeometry
@@ -126,7 +127,7 @@ class MMARModel(LanguageModule):
         with seeded(seed, "heads"):
             width = config.head.width
             self.post_projector = Projector(in_features=config.backbone.hidden_size, out_features=width)
-            self.diffusion_head = DiffusionHead(config.head, channels=channels, condition_width=width)
+            self.diffusion_head = DiffusionHead(depth=config.head.depth, width=width, channels=channels, condition_width=width)
             if config.alignment_loss_weight > 0:
                 self.alignment_projector = nn.Linear(config.backbone.hidden_size, config.alignment_features)
         for module in self._row_parallel_modules():
@@ -157,8 +158,11 @@ class MMARModel(LanguageModule):
         h_SBD = self.decoder(
             hidden_states=self.embedding(batch) if self.pre_process else None,
             attention_mask=attention_bias(allowed_BSS, dtype=backbone.params_dtype),
-            rotary_pos_emb=rotary_frequencies(
-                batch.position_ids_BS, head_dim=backbone.kv_channels, base=self.settings.rotary_base
+            rotary_pos_emb=rotary_angles(
+                batch.position_ids_BS,
+                head_dim=backbone.kv_channels,
+                base=self.settings.rotary_base,
+                **asdict(self.settings.rotary_scaling),
             ),
         )
         if not self.post_process:

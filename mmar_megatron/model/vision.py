@@ -1,16 +1,14 @@
 """The visual path into the backbone: EmbeddingViT, VisProjector, 2-D positions.
 
-Suffixes: M images, N tokens of an image, C channels of a latent, V width of EmbeddingViT, D width of the backbone, H heads.
+Suffixes: M images, N tokens of an image, C channels of a latent, V width of EmbeddingViT, D width of the backbone, H heads,
+E width of a head.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
-
-from mmar_megatron.config import EmbeddingViTConfig
 
 
 class PositionEmbedding2D(nn.Module):
@@ -31,7 +29,7 @@ class PositionEmbedding2D(nn.Module):
 
     def forward(self) -> Tensor:
         """Embeddings of all tokens in raster order, [N, width]."""
-        return rearrange(self.row[:, None] + self.column[None, :], "h w d -> (h w) d")
+        return (self.row[:, None] + self.column[None, :]).flatten(0, 1)
 
 
 def sinusoids(length: int, *, width: int, max_period: float = 10000.0) -> Tensor:
@@ -56,25 +54,35 @@ class ViTBlock(nn.Module):
 
     def forward(self, x_MNV: Tensor, *, bias_M1NN: Tensor) -> Tensor:
         """[M, N, V] -> the same; `bias_M1NN` is added to the attention's logits."""
-        qkv = rearrange(self.qkv(self.norm1(x_MNV)), "m n (three h d) -> three m h n d", three=3, h=self.num_heads)
-        attended = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], attn_mask=bias_M1NN)
-        x_MNV = x_MNV + self.proj(rearrange(attended, "m h n d -> m n (h d)"))
+        qkv_MN3HE = self.qkv(self.norm1(x_MNV)).unflatten(-1, (3, self.num_heads, -1))
+        query_MHNE, key_MHNE, value_MHNE = qkv_MN3HE.permute(2, 0, 3, 1, 4)
+        attended_MHNE = F.scaled_dot_product_attention(query_MHNE, key_MHNE, value_MHNE, attn_mask=bias_M1NN)
+        x_MNV = x_MNV + self.proj(attended_MHNE.transpose(1, 2).flatten(2))
         return x_MNV + self.fc2(F.gelu(self.fc1(self.norm2(x_MNV))))
 
 
 class EmbeddingViT(nn.Module):
     """Reads the clean, visible tokens of an image, which attend among themselves only: nothing of a masked one can leak."""
 
-    def __init__(self, config: EmbeddingViTConfig, *, channels: int, grid_height: int, grid_width: int) -> None:
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        hidden_size: int,
+        num_attention_heads: int,
+        mlp_ratio: float,
+        channels: int,
+        grid_height: int,
+        grid_width: int,
+    ) -> None:
         super().__init__()
-        self.patch_embed = nn.Linear(channels, config.hidden_size)
-        self.position = PositionEmbedding2D(grid_height=grid_height, grid_width=grid_width, width=config.hidden_size, scale=1.0)
+        self.patch_embed = nn.Linear(channels, hidden_size)
+        self.position = PositionEmbedding2D(grid_height=grid_height, grid_width=grid_width, width=hidden_size, scale=1.0)
         self.blocks = nn.ModuleList(
-            ViTBlock(width=config.hidden_size, num_heads=config.num_attention_heads, mlp_ratio=config.mlp_ratio)
-            for _ in range(config.num_layers)
+            ViTBlock(width=hidden_size, num_heads=num_attention_heads, mlp_ratio=mlp_ratio) for _ in range(num_layers)
         )
-        self.norm = nn.LayerNorm(config.hidden_size)
-        self.apply(_initialize_linear)
+        self.norm = nn.LayerNorm(hidden_size)
+        self.apply(initialize_linear)
 
     def forward(self, latents_MNC: Tensor, *, visible_MN: Tensor) -> Tensor:
         """[M, N, C] -> [M, N, V]. What comes out at a token that is not visible depends on that token and must not be used."""
@@ -94,10 +102,10 @@ class Projector(nn.Sequential):
 
     def __init__(self, *, in_features: int, out_features: int) -> None:
         super().__init__(nn.Linear(in_features, out_features), nn.GELU(), nn.Linear(out_features, out_features))
-        self.apply(_initialize_linear)
+        self.apply(initialize_linear)
 
 
-def _initialize_linear(module: nn.Module) -> None:
+def initialize_linear(module: nn.Module) -> None:
     """Xavier-uniform weights and zero biases, as ViT and MAR have them."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)

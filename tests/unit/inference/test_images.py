@@ -16,7 +16,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mmar_megatron.inference.images import ImageSampling, _rounds, paint
+from mmar_megatron.inference.images import ImageSampling, paint
 from mmar_megatron.parallel import ParallelGroups
 from tests.unit.inference.scene import Batches, Scene
 
@@ -30,21 +30,6 @@ def painted(scene: Scene, captions: list[str], sampling: ImageSampling = SAMPLIN
 
 
 # --- rounds ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("num_tokens", [1, 2, 3, 7, 16, 64, 256])
-def test_rounds_fill_each_place_once(num_tokens: int) -> None:
-    for rounds in range(1, num_tokens + 1):
-        stretches = _rounds(num_tokens, rounds)
-        assert len(stretches) == rounds
-        assert [n for begin, end in stretches for n in range(begin, end)] == list(range(num_tokens))
-        assert all(begin < end for begin, end in stretches)
-
-
-def test_rounds_follow_the_cosine() -> None:
-    """What is still masked after round k is N cos(pi k / 2 K): few tokens are drawn while little is known."""
-    left = [256 - end for _, end in _rounds(256, 8)]
-    assert left == [math.floor(256 * math.cos(math.pi / 2 * k / 8)) for k in range(1, 8)] + [0]
 
 
 def test_rounds_of_a_painting(scene: Scene) -> None:
@@ -71,7 +56,7 @@ def test_progress_is_reported(scene: Scene) -> None:
 
 
 def test_more_rounds_than_tokens(scene: Scene) -> None:
-    with pytest.raises(ValueError, match="17 rounds asked for images of 16 tokens: use at most"):
+    with pytest.raises(ValueError, match="17 rounds asked for 16 tokens: use at least 1, and at most"):
         painted(scene, CAPTIONS, replace(SAMPLING, rounds=17))
 
 

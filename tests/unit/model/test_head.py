@@ -12,7 +12,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mmar_megatron.config import HeadConfig
 from mmar_megatron.model.head import DiffusionHead, TimestepEmbedder
 from tests.unit.tiny import stir
 
@@ -23,7 +22,7 @@ Array = NDArray[np.float64]
 @pytest.fixture
 def head() -> DiffusionHead:
     torch.manual_seed(0)
-    return DiffusionHead(HeadConfig(depth=DEPTH, width=W), channels=C, condition_width=Z)
+    return DiffusionHead(depth=DEPTH, width=W, channels=C, condition_width=Z)
 
 
 def silu(x: Array) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmar_megatron import parallel
 from mmar_megatron.config import EmbeddingViTConfig, HeadConfig, ModelConfig, ParallelConfig, TransformerConfig
 from mmar_megatron.data.batch import IGNORE, Batch
-from mmar_megatron.model.attention import attention_bias, mixed_attention_allowed, rotary_frequencies
+from mmar_megatron.model.attention import attention_bias, mixed_attention_allowed, rotary_angles
 from mmar_megatron.model.head import DiffusionHead
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.model.layer_specs import block_spec
@@ -91,7 +91,7 @@ def test_backbone(groups: ParallelGroups, gated: bool) -> None:
         block,
         torch.randn(LENGTH, SEQUENCES, config.backbone.hidden_size, requires_grad=True),
         attention_mask=attention_bias(allowed_BSS, dtype=torch.float32),
-        rotary_pos_emb=rotary_frequencies(position_ids_BS, head_dim=config.backbone.kv_channels, base=1e4),
+        rotary_pos_emb=rotary_angles(position_ids_BS, head_dim=config.backbone.kv_channels, base=1e4),
     )
     counts = StepCounts(sequences=SEQUENCES, sequence_length=LENGTH, images=0, labels=0, masked=0)
     assert measured == backbone_layer(model_shape(config), counts) * config.backbone.num_layers
@@ -99,7 +99,7 @@ def test_backbone(groups: ParallelGroups, gated: bool) -> None:
 
 def test_embedding_vit() -> None:
     config = model_config()
-    vit = EmbeddingViT(config.embedding_vit, channels=CHANNELS, grid_height=GRID, grid_width=GRID)
+    vit = EmbeddingViT(**asdict(config.embedding_vit), channels=CHANNELS, grid_height=GRID, grid_width=GRID)
     visible_MN = torch.rand(7, GRID**2) > 0.5
     measured = counted(vit, torch.randn(7, GRID**2, CHANNELS), visible_MN=visible_MN)
     assert measured == embedding_vit(model_shape(config), 7)
@@ -107,7 +107,7 @@ def test_embedding_vit() -> None:
 
 def test_diffusion_head() -> None:
     config = model_config()
-    head = DiffusionHead(config.head, channels=CHANNELS, condition_width=CONDITION)
+    head = DiffusionHead(depth=config.head.depth, width=config.head.width, channels=CHANNELS, condition_width=CONDITION)
     levels = config.head.timestep_multiplier
     x_KRC, z_KZ = torch.randn(11, levels, CHANNELS), torch.randn(11, CONDITION, requires_grad=True)
     measured = counted(head, x_KRC, timestep_KR=torch.rand(11, levels), z_KZ=z_KZ)
