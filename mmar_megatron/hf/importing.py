@@ -325,7 +325,7 @@ class _Source:
         backbone = pretrained.model["backbone"]
         self._heads = Heads(num_query_groups=backbone["num_query_groups"], head_dim=backbone["kv_channels"])
         unread = {key: TensorSpec(shape, torch.float32) for key, shape in shapes.items()}
-        self._links = {(key, layer): _link_of(key, layer) for key, layer in pieces(unread)}
+        self._links = {(key, layer): link_of(key, layer) for key, layer in pieces(unread)}
         self._check_names_and_shapes()
         self.specs = {key: TensorSpec(shape, self._dtype_of(key)) for key, shape in shapes.items()}
 
@@ -383,7 +383,7 @@ class _Source:
         return next(iter(dtypes))
 
 
-def _link_of(key: str, layer: int | None) -> Link:
+def link_of(key: str, layer: int | None) -> Link:
     """The tensors of Hugging Face that one of the checkpoint consists of: `names.links`, the other way round."""
     for rule in RULES:
         if match := re.fullmatch(re.escape(rule.ours).replace(r"\*", "(.+)"), key):
