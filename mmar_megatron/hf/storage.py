@@ -147,7 +147,7 @@ def write_checkpoint(
     *,
     config_yaml: str,
     facts: dict[str, Any],
-    say: Callable[[str], None] = print,
+    say: Callable[[str], object] = print,
 ) -> None:
     """Write a checkpoint of weights that loads in any layout: all of it, or nothing.
 
@@ -205,6 +205,7 @@ def _write_tensors(
             stored[key].chunks.append(chunk)
             results.append(files.append(MetadataIndex(key, chunk.offsets), tensor))
             pace.written(tensor.nbytes)
+            del tensor  # else it would stay until the next one is there
     finally:
         files.close()
     FileSystemWriter(directory).finish(Metadata({**stored}), [results])
@@ -244,7 +245,7 @@ class _Files:
 class _Pace:
     """Tells how far writing is and how long it will take, every few seconds."""
 
-    def __init__(self, tensors: Mapping[str, TensorSpec], say: Callable[[str], None]) -> None:
+    def __init__(self, tensors: Mapping[str, TensorSpec], say: Callable[[str], object]) -> None:
         self._say = say
         self._pieces, self._bytes = sum(1 for _ in pieces(tensors)), sum(spec.nbytes for spec in tensors.values())
         self._pieces_done = self._bytes_done = 0

@@ -36,9 +36,7 @@ def main() -> None:
         assert config.data.tokenizer is not None
         tokenizer, codec = load_tokenizer(config.data.tokenizer), build_codec(config.data.codec)
         geometry = ImageGeometry.of(codec)
-        model = build_model(
-            config.model, geometry=geometry, vocab_size=tokenizer.vocab_size, groups=groups, seed=config.seed
-        )
+        model = build_model(config.model, geometry=geometry, vocab_size=tokenizer.vocab_size, groups=groups, seed=config.seed)
         engine = NativeEngine(config, chunks=model, groups=groups)
         report = checkpoint.load_weights(engine, checkpoint.resolve(path, groups=groups))
 

@@ -57,7 +57,7 @@ def test_logits_are_transformers(name: str, options: list[str], results: dict[st
 def test_a_run_starts_from_it(directory: Path, tmp_path: Path) -> None:
     hf, path = directory / "hf" / "qwen3", directory / "qwen3"
     data = tmp_path / "shapes"
-    make_shapes(data, codec=CODEC, train=16, validation=8, tokenizer=hf / "tokenizer.json", log=lambda _: None)
+    make_shapes(data, codec=CODEC, train=16, validation=8, tokenizer=str(hf), log=lambda _: None)
     arguments = ["--config", str(directory / "qwen3.yaml"), *IMAGES, "--data.path", str(data), "--run_dir", str(tmp_path / "run")]
     arguments += ["--train.steps", "1", "--train.micro_batch_size", "2", "--train.global_batch_size", "2", "--preview.every", "0"]
     arguments += ["--data.num_workers", "0", "--validation.samples", "4"]

@@ -127,7 +127,7 @@ def test_sliding_window(config: dict[str, Any], window: int | None) -> None:
 def test_other_networks_are_refused(config: dict[str, Any], message: str, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="give another|give the") as raised:
+    with pytest.raises(ValueError, match=r"give another|give the") as raised:
         read_pretrained(tmp_path)
     assert str(raised.value).startswith(f"{file}: ")
     assert message in str(raised.value)
@@ -135,10 +135,10 @@ def test_other_networks_are_refused(config: dict[str, Any], message: str, tmp_pa
 
 
 def test_config_that_is_not_there_or_damaged(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has no config.json: give the directory of a Hugging Face model"):
+    with pytest.raises(ValueError, match=r"has no config.json: give the directory of a Hugging Face model"):
         read_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="is no JSON .*: copy it again"):
+    with pytest.raises(ValueError, match=r"is no JSON .*: copy it again"):
         read_pretrained(tmp_path)
 
 
