@@ -12,6 +12,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -174,7 +175,9 @@ def write_checkpoint(
     try:
         files = _write_tensors(partial, tensors, read, pace=_Pace(tensors, say))
         files += write_small(partial, {COMMON_STATE_FNAME: {}, CONFIG: config_yaml})
-        manifest.write(partial, files={name: manifest.record(partial / name) for name in files}, facts=facts)
+        with ThreadPoolExecutor() as threads:
+            records = threads.map(manifest.record, (partial / name for name in files))
+            manifest.write(partial, files=dict(zip(files, records, strict=True)), facts=facts)
         partial.rename(out)
         manifest.flush_directory(out.parent)
     except BaseException:

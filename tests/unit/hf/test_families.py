@@ -140,6 +140,9 @@ def test_config_that_is_not_there_or_damaged(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"is no JSON .*: copy it again"):
         read_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="is no configuration of a model: copy it again"):
+        read_pretrained(tmp_path)
 
 
 def test_contradictions_name_the_option() -> None:
@@ -182,3 +185,13 @@ def test_our_own_export() -> None:
     assert "sampling_steps" not in pretrained.model["diffusion"]  # of no weight: another run may have its own
     assert model_section(pretrained)["diffusion"]["sampling_steps"] == 7
     assert model_section(pretrained)["head"] == {"depth": 3, "width": 1024, "timestep_multiplier": 4}
+
+
+@pytest.mark.parametrize("features", [0, 7])
+def test_alignment_of_our_own_export(features: int) -> None:
+    pretrained = pretrained_of(MMARConfig(alignment_features=features, alignment_loss_weight=0.5).to_dict())
+    other = ["--model.alignment_features=7"] + ["--model.alignment_loss_weight=0.25"] * (features == 0)
+    found = [
+        contradiction for contradiction in contradictions(config_of(*other).model, pretrained) if "weight" in contradiction[0]
+    ]
+    assert found == [("model.alignment_loss_weight", 0.0, 0.5) if features else ("model.alignment_loss_weight", 0.25, 0.0)]

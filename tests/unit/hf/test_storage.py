@@ -129,6 +129,21 @@ def test_written_loads_as_a_runs_does(
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(engine).items())
 
 
+@pytest.mark.parametrize(("stored", "run"), [(torch.bfloat16, "fp32"), (torch.float16, "fp32"), (torch.float32, "bf16")])
+def test_type_of_the_run_may_be_another(
+    saved: Saved, groups: ParallelGroups, tmp_path: Path, stored: torch.dtype, run: str
+) -> None:
+    reader = CheckpointReader(saved.path)
+    tensors = {key: TensorSpec(s.shape, stored) for key, s in reader.tensors.items() if not key.startswith("average.")}
+    read = lambda key, layer: reader.read(key, layer).to(stored)  # noqa: E731
+    write_checkpoint(tmp_path / "out", tensors, read, config_yaml="", facts={}, say=lambda _: None)
+    engine = engine_of(groups, *OPTIONS, f"--precision.dtype={run}")
+    checkpoint.load_weights(engine, tmp_path / "out")
+    expected = weights(saved.engine)
+    for name, tensor in weights(engine).items():
+        assert torch.equal(tensor, expected[name].to(stored).to(tensor.dtype))
+
+
 def test_existing_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="exists: remove it or choose another --out"):
         write_checkpoint(tmp_path, {}, no_read, config_yaml="", facts={})
