@@ -23,9 +23,18 @@ class PositionEmbedding2D(nn.Module):
 
     def __init__(self, *, grid_height: int, grid_width: int, width: int, scale: float) -> None:
         super().__init__()
+        self.scale = scale
+        self.row = nn.Parameter(torch.empty(grid_height, width))
+        self.column = nn.Parameter(torch.empty(grid_width, width))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start anew."""
+        width = self.row.shape[1]
         half = width // 2
-        self.row = nn.Parameter(F.pad(scale * sinusoids(grid_height, width=half), (0, width - half)))
-        self.column = nn.Parameter(F.pad(scale * sinusoids(grid_width, width=width - half), (half, 0)))
+        self.row.copy_(F.pad(self.scale * sinusoids(len(self.row), width=half), (0, width - half)))
+        self.column.copy_(F.pad(self.scale * sinusoids(len(self.column), width=width - half), (half, 0)))
 
     def forward(self) -> Tensor:
         """Embeddings of all tokens in raster order, [N, width]."""
@@ -103,6 +112,20 @@ class Projector(nn.Sequential):
     def __init__(self, *, in_features: int, out_features: int) -> None:
         super().__init__(nn.Linear(in_features, out_features), nn.GELU(), nn.Linear(out_features, out_features))
         self.apply(initialize_linear)
+
+
+def embed_images(
+    latents_MNC: Tensor,
+    *,
+    visible_MN: Tensor,
+    embedding_vit: EmbeddingViT,
+    vis_projector: Projector,
+    mask_embedding_D: Tensor,
+    position: PositionEmbedding2D,
+) -> Tensor:
+    """What the backbone reads of images, [M, N, D]: features where a token is visible, else one learned vector; and its place."""
+    features_MNV = embedding_vit(latents_MNC, visible_MN=visible_MN)
+    return torch.where(visible_MN.unsqueeze(-1), vis_projector(features_MNV), mask_embedding_D) + position()
 
 
 def initialize_linear(module: nn.Module) -> None:
