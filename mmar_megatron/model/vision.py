@@ -91,7 +91,11 @@ class EmbeddingViT(nn.Module):
             ViTBlock(width=hidden_size, num_heads=num_attention_heads, mlp_ratio=mlp_ratio) for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(hidden_size)
-        self.apply(initialize_linear)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw initial weights of the linears."""
+        self.apply(_initialize_linear)
 
     def forward(self, latents_MNC: Tensor, *, visible_MN: Tensor) -> Tensor:
         """[M, N, C] -> [M, N, V]. What comes out at a token that is not visible depends on that token and must not be used."""
@@ -111,7 +115,11 @@ class Projector(nn.Sequential):
 
     def __init__(self, *, in_features: int, out_features: int) -> None:
         super().__init__(nn.Linear(in_features, out_features), nn.GELU(), nn.Linear(out_features, out_features))
-        self.apply(initialize_linear)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw initial weights."""
+        self.apply(_initialize_linear)
 
 
 def embed_images(
@@ -128,7 +136,7 @@ def embed_images(
     return torch.where(visible_MN.unsqueeze(-1), vis_projector(features_MNV), mask_embedding_D) + position()
 
 
-def initialize_linear(module: nn.Module) -> None:
+def _initialize_linear(module: nn.Module) -> None:
     """Xavier-uniform weights and zero biases, as ViT and MAR have them."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
