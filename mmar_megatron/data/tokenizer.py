@@ -35,7 +35,9 @@ class Tokenizer(ABC):
     Attributes:
         bos_id, eos_id, pad_id: of a document's begin and end, and of what fills a sequence up.
         begin_image_id, end_image_id, image_id: around an image, and the placeholder at each of its positions.
+        base_vocab_size: number of ids that it has itself.
         vocab_size: number of ids, with the appended special tokens.
+        special_names: of the special tokens that it has itself, by role; the others are appended.
         fingerprint: SHA-256 of the tokenizer's file, in hexadecimal.
     """
 
@@ -50,12 +52,15 @@ class Tokenizer(ABC):
         self.fingerprint = hashlib.sha256(serialized).hexdigest()
         self.base_vocab_size = base_vocab_size
         self.vocab_size = base_vocab_size
+        self.special_names = {}
         for role, names in SPECIAL_TOKENS.items():
-            known = [token_id for name in names if (token_id := self._special_id(name)) is not None]
-            if not known:
-                known = [self.vocab_size]
+            known = {name: token_id for name in names if (token_id := self._special_id(name)) is not None}
+            if known:
+                self.special_names[role], token_id = next(iter(known.items()))
+            else:
+                token_id = self.vocab_size
                 self.vocab_size += 1
-            setattr(self, f"{role}_id", known[0])
+            setattr(self, f"{role}_id", token_id)
         self._special_ids = {getattr(self, f"{role}_id") for role in SPECIAL_TOKENS}
 
     @abstractmethod

@@ -33,6 +33,8 @@ from mmar_megatron.training import manifest
 from mmar_megatron.training.manifest import MANIFEST
 
 CONFIG = "config.yaml"
+WEIGHTS_ONLY = "weights_only"
+"""Is true in the manifest of a checkpoint that no run wrote: it has no optimizer's state."""
 _T = TypeVar("_T")
 _NAME = re.compile(r"step_(\d{8})")
 
@@ -214,10 +216,14 @@ def load(engine: Engine, path: Path, *, groups: ParallelGroups) -> Progress:
     """Continue from a checkpoint: model, optimizer, average, generators; all ranks call it together.
 
     Raises:
-        ValueError: it is of another model.
+        ValueError: it is of another model, or holds weights alone.
     """
-    # The generators' states belong to one layout. In another they start anew, which only dropout can tell.
     facts = manifest.read(path)
+    if facts.get(WEIGHTS_ONLY):
+        raise ValueError(
+            f"The checkpoint {path} holds weights alone, which no run can continue: give it as checkpoint.init_from."
+        )
+    # The generators' states belong to one layout. In another they start anew, which only dropout can tell.
     same_layout = facts["layout"] == groups.layout()
     state = engine.sharded_state_dict(is_loading=True, average=facts["average"])
     state |= generators(groups) if same_layout else {}

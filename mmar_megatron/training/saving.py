@@ -130,13 +130,8 @@ class CheckpointWriter:
             writer, index = _Planner(BACKEND, BACKEND_VERSION).async_save(sharded, partial)
             writer.write_buckets = writer.preload_tensors(writer.write_buckets, True)
         self._check_space(partial, writer)
-        facts = {
-            **asdict(progress),
-            "layout": self._groups.layout(),
-            "average": engine.has_average,
-            "config_sha256": manifest.digest_of_text(self._config_yaml),
-            "versions": platform.versions(),
-        }
+        layout, average = self._groups.layout(), engine.has_average
+        facts = facts_of(progress, layout=layout, average=average, config_yaml=self._config_yaml)
         small = {COMMON_STATE_FNAME: common, CONFIG: self._config_yaml} if self._publishes else {}
         return _Save(progress=progress, partial=partial, writer=writer, index=index, small=small, facts=facts)
 
@@ -197,6 +192,46 @@ class CheckpointWriter:
     def _report_deletion(self) -> None:
         if error := self._deletions.popleft().exception():
             print(f"no old checkpoint was deleted: {error}", flush=True)  # known to this rank alone
+
+
+def facts_of(progress: Progress, *, layout: dict[str, int], average: bool, config_yaml: str) -> dict[str, Any]:
+    """What a checkpoint's manifest says beside its files.
+
+    Args:
+        layout: `ParallelGroups.layout` of what writes it.
+        average: whether it holds a moving average of the weights.
+        config_yaml: its configuration.
+    """
+    return {
+        **asdict(progress),
+        "layout": layout,
+        "average": average,
+        "config_sha256": manifest.digest_of_text(config_yaml),
+        "versions": platform.versions(),
+    }
+
+
+def write_small(directory: Path, small: dict[str, Any]) -> list[str]:
+    """Write what stands beside the tensors: texts, and objects, by file name; with megatron-core's note of the format.
+
+    Returns:
+        The names of all these files.
+    """
+    for name, content in small.items():
+        if isinstance(content, str):
+            (directory / name).write_text(content)
+        else:
+            torch.save(content, directory / name)
+    save_config(CheckpointingConfig(BACKEND, BACKEND_VERSION), str(directory))
+    return [*small, CONFIG_FNAME]
+
+
+def reason_of(error: BaseException) -> str:
+    """torch's zip writer, closing a file that could not be written, buries the system's error under one of its own."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return str(cause or error) or type(error).__name__
 
 
 def delete_old(run_dir: Path, *, newest: Path, keep_last: int, keep_every: int) -> None:
@@ -324,10 +359,10 @@ class _Save:
         try:
             return self._write()
         except Exception as error:  # of whatever kind: it must reach the other ranks
-            return _reason(error)
+            return reason_of(error)
 
     def _write(self) -> _Written:
-        names = self._write_small()
+        names = write_small(self.partial, self.small) if self.small else []
         buckets = self.writer.write_buckets or []
         transforms = [self.writer.transforms] if hasattr(self.writer, "transforms") else []
         answers: queue.Queue[tuple[int, Any]] = queue.Queue()
@@ -347,17 +382,6 @@ class _Save:
             results += answer
         names += [name for _, name, _ in buckets]
         return _Written(results=results, files={name: manifest.record(self.partial / name) for name in names})
-
-    def _write_small(self) -> list[str]:
-        if not self.small:
-            return []
-        for name, content in self.small.items():
-            if isinstance(content, str):
-                (self.partial / name).write_text(content)
-            else:
-                torch.save(content, self.partial / name)
-        save_config(CheckpointingConfig(BACKEND, BACKEND_VERSION), str(self.partial))
-        return [*self.small, CONFIG_FNAME]
 
 
 def _make_way(final: Path) -> None:
@@ -379,11 +403,3 @@ def _close_files_but(needed: int) -> None:
         if descriptor not in (*_STANDARD_STREAMS, needed):
             with suppress(OSError):  # of the listing itself
                 os.close(descriptor)
-
-
-def _reason(error: BaseException) -> str:
-    """torch's zip writer, closing a file that could not be written, buries the system's error under one of its own."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__context__
-    return str(cause or error) or type(error).__name__

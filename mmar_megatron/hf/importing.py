@@ -1,0 +1,407 @@
+"""A pretrained Hugging Face model -> a checkpoint that `checkpoint.init_from` loads, in any layout.
+
+The backbone and the word embeddings of a language model come from its files, bit for bit and in their type. The image parts are
+drawn as a run with the same seed would draw them. Our own exports (`model_type: mmar`) come from their files whole. All is
+checked before anything is written, and no more is in memory than the largest tensor and the image parts.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import secrets
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
+from torch import Tensor
+
+from mmar_megatron import parallel
+from mmar_megatron.config import CommandLine, Config, ParallelConfig, parse_command_line
+from mmar_megatron.config_checks import OTHER_SPLITS
+from mmar_megatron.data.codec import build_codec
+from mmar_megatron.data.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
+from mmar_megatron.hf.families import MMAR, Pretrained, contradictions, model_section, read_pretrained
+from mmar_megatron.hf.names import RULES, Heads, Link, join, split
+from mmar_megatron.hf.storage import TensorSpec, is_stacked, pieces, write_checkpoint
+from mmar_megatron.hf.weights import HuggingFaceWeights
+from mmar_megatron.model.image_geometry import ImageGeometry
+from mmar_megatron.model.mmar_model import MMARModel, build_model, padded_vocab_size
+from mmar_megatron.training.checkpoint import WEIGHTS_ONLY, Progress
+from mmar_megatron.training.saving import facts_of
+
+_WORDS, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+_OF_LANGUAGE_MODELS = ("decoder.", _WORDS, _OUTPUT)
+_TIED_OUTPUT, _THEIR_WORDS = "lm_head.weight", "model.embed_tokens.weight"
+_ONE_PROCESS = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "sequence_parallel": False,
+    "params_dtype": torch.float32,
+    "use_cpu_initialization": True,
+    "perform_initialization": False,
+    **dict.fromkeys(OTHER_SPLITS),
+}
+"""Fields of the backbone in which it is built here, whatever the run's layout and precision."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportReport:
+    """What came from where."""
+
+    loaded: int
+    """Tensors of the checkpoint that came from the files."""
+    fresh: int
+    """Tensors that were drawn."""
+    seed: int
+    dtypes: tuple[str, ...]
+    """Of those from the files."""
+    found: dict[str, tuple[str, int]]
+    """Special tokens that the tokenizer has: name and id, by role."""
+    appended: dict[str, int]
+    """Ids of those it lacks, by role."""
+    copied_rows: int
+    dropped_rows: int
+    """Rows of the embeddings beyond the tokenizer's vocabulary."""
+    rows: int
+    """Of the embeddings in the checkpoint."""
+    sliding_window: int | None
+
+    def __str__(self) -> str:
+        lines = [f"{self.loaded} tensors loaded ({', '.join(self.dtypes)})"]
+        if self.fresh:
+            lines[0] += f", {self.fresh} of the image parts drawn with seed {self.seed}"
+        found = ", ".join(f"{role} {name} = {token_id}" for role, (name, token_id) in self.found.items())
+        lines.append(f"special tokens in the vocabulary: {found or 'none'}")
+        if self.appended:
+            appended = ", ".join(f"{role} = {token_id}" for role, token_id in self.appended.items())
+            lines.append(f"special tokens appended, which begin as the mean of all words: {appended}")
+        padding = self.rows - self.copied_rows - len(self.appended)
+        lines.append(f"vocabulary: {self.rows} rows, of which {self.copied_rows} copied and {padding} that only pad")
+        if self.dropped_rows:
+            lines[-1] += f"; {self.dropped_rows} that no token had were left out"
+        if self.sliding_window is not None:
+            lines.append(f"sliding window: {self.sliding_window} positions, which no sequence exceeds: attention is whole here")
+        return "\n".join(lines)
+
+
+def import_model(
+    hf: Path,
+    out: Path,
+    *,
+    configs: Sequence[str],
+    options: Sequence[str] = (),
+    write_config: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> ImportReport:
+    """Convert a Hugging Face model.
+
+    Args:
+        hf: its directory.
+        out: directory of the checkpoint, which must not exist.
+        configs: YAML files of the run that will start from it; later ones win.
+        options: of its command line: `--section.key VALUE`; these win over files.
+        write_config: YAML file to make, with the section `model` and the tokenizer that belong to `hf`; wins over `configs`.
+        say: is told how far it is.
+
+    Raises:
+        ValueError: the model cannot be built here, its files are not whole, or the configuration is of another model.
+        OSError: reading or writing fails.
+    """
+    for made, option in ((out, "--out"), (write_config, "--write-config")):
+        if made is not None and made.exists():
+            raise ValueError(f"{made} exists: remove it or choose another {option}")
+    pretrained = read_pretrained(hf)
+    weights = HuggingFaceWeights(hf)
+    section = _section_for(hf, pretrained)
+    command = _parse(configs, options, section=section if write_config else None, tokenizer=hf)
+    config = command.config
+    _check_configuration(config, pretrained, hf=hf)
+    codec = build_codec(config.data.codec)
+    geometry = ImageGeometry.of(codec)
+    _check_geometry(geometry, pretrained, hf=hf)
+    tokenizer = load_tokenizer(config.data.tokenizer or hf)
+    rows = padded_vocab_size(config.model, tokenizer.vocab_size)
+    _check_vocabulary(tokenizer, pretrained, hf=hf, rows=rows)
+
+    shapes = _shapes(config, geometry=geometry, vocab_size=tokenizer.vocab_size)
+    is_mmar = pretrained.family == MMAR
+    from_files = {key: shape for key, shape in shapes.items() if is_mmar or key.startswith(_OF_LANGUAGE_MODELS)}
+    source = _Source(hf, weights, from_files, pretrained=pretrained, copied_rows=tokenizer.base_vocab_size)
+    fresh = {} if is_mmar else draw_image_parts(config, geometry=geometry)
+    specs = {key: source.specs.get(key) or TensorSpec(shape, torch.float32) for key, shape in shapes.items()}
+    write_checkpoint(
+        out,
+        specs,
+        lambda key, layer: source.read(key, layer) if key in source.specs else fresh[key],
+        config_yaml=command.yaml,
+        facts=_facts(command, tokenizer=tokenizer.fingerprint, codec=codec.fingerprint),
+        say=say,
+    )
+    if write_config is not None:
+        _write_whole(write_config, f"# What {hf}/config.json makes of the model; goes on top of other configurations.\n{section}")
+    return ImportReport(
+        loaded=len(source.specs),
+        fresh=len(fresh),
+        seed=config.seed,
+        dtypes=tuple(sorted({str(spec.dtype).removeprefix("torch.") for spec in source.specs.values()})),
+        found={role: (name, getattr(tokenizer, f"{role}_id")) for role, name in tokenizer.special_names.items()},
+        appended={role: getattr(tokenizer, f"{role}_id") for role in SPECIAL_TOKENS if role not in tokenizer.special_names},
+        copied_rows=rows if is_mmar else tokenizer.base_vocab_size,
+        dropped_rows=0 if is_mmar else pretrained.vocab_size - tokenizer.base_vocab_size,
+        rows=rows,
+        sliding_window=pretrained.sliding_window,
+    )
+
+
+def draw_image_parts(config: Config, *, geometry: ImageGeometry) -> dict[str, Tensor]:
+    """The initial weights of all but the backbone and the words, fp32, by their names in checkpoints.
+
+    A run with this configuration begins with these, for they follow from the seed and not from the sizes of the rest.
+    """
+    with _one_layer(config, geometry=geometry, vocab_size=1, device="cpu", ffn_hidden_size=2) as model:
+        tensors = {shard.key: shard.data.detach() for shard in _shards(model)}
+    return {key: tensor for key, tensor in tensors.items() if not key.startswith(_OF_LANGUAGE_MODELS)}
+
+
+# --- the configuration ----------------------------------------------------------------------------------------------------------
+
+
+def _section_for(hf: Path, pretrained: Pretrained) -> str:
+    values = {"model": model_section(pretrained), "data": {"tokenizer": str(hf)}}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _parse(configs: Sequence[str], options: Sequence[str], *, section: str | None, tokenizer: Path) -> CommandLine:
+    """The run's configuration, with a tokenizer in any case, so that the checkpoint says which one it is for."""
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(section or "")
+        file.flush()
+        files = [*configs, file.name] if section else configs
+        arguments = [argument for config in files for argument in ("--config", config)] + [*options]
+        command = parse_command_line(arguments)
+        if command.config.data.tokenizer is None:
+            command = parse_command_line([*arguments, "--data.tokenizer", str(tokenizer)])
+    return command
+
+
+def _check_configuration(config: Config, pretrained: Pretrained, *, hf: Path) -> None:
+    """Raises ValueError where it is of another model than the files."""
+    for option, ours, theirs in contradictions(config.model, pretrained):
+        raise ValueError(
+            f"The configuration says {option} {ours}, but {hf}/config.json makes it {theirs}: change it, or let --write-config "
+            "write what it must be."
+        )
+    window, length = pretrained.sliding_window, config.data.sequence_length
+    if window is not None and window < length:
+        raise ValueError(
+            f"{hf}/config.json: attention reaches back over sliding_window {window} positions, and ours over all of a sequence: "
+            f"lower data.sequence_length {length} to {window}."
+        )
+
+
+def _check_geometry(geometry: ImageGeometry, pretrained: Pretrained, *, hf: Path) -> None:
+    ours = (geometry.grid_height, geometry.grid_width, geometry.channels)
+    theirs = tuple(pretrained.image.get(name) for name in ("grid_height", "grid_width", "channels"))
+    if pretrained.image and ours != theirs:
+        raise ValueError(
+            "With data.codec an image is {} x {} tokens of {} numbers, ".format(*ours)
+            + "but {}/config.json says {} x {} of {}: change data.codec.".format(hf, *theirs)
+        )
+
+
+def _check_vocabulary(tokenizer: Tokenizer, pretrained: Pretrained, *, hf: Path, rows: int) -> None:
+    """Raises ValueError where the rows of the embeddings cannot be the tokenizer's ids."""
+    if pretrained.family != MMAR:
+        if pretrained.vocab_size < tokenizer.base_vocab_size:
+            raise ValueError(
+                f"{hf} has embeddings for {pretrained.vocab_size} tokens, but the tokenizer has {tokenizer.base_vocab_size}: "
+                "give the tokenizer of this model as data.tokenizer."
+            )
+        return
+    if pretrained.vocab_size != rows:
+        raise ValueError(
+            f"{hf} has embeddings for {pretrained.vocab_size} tokens, but the vocabulary of {tokenizer.vocab_size} is padded to "
+            f"{rows}: give its tokenizer as data.tokenizer, and its model.make_vocab_size_divisible_by."
+        )
+    for role, token_id in pretrained.special_ids.items():
+        if (ours := getattr(tokenizer, f"{role}_id")) != token_id:
+            raise ValueError(
+                f"{hf}/config.json: {role}_token_id is {token_id}, but {ours} in the tokenizer: give its own as data.tokenizer."
+            )
+
+
+def _facts(command: CommandLine, **fingerprints: str) -> dict[str, Any]:
+    layout = {"tensor": 1, "pipeline": 1, "data": 1}
+    facts = facts_of(Progress(fingerprints=fingerprints), layout=layout, average=False, config_yaml=command.yaml)
+    return {**facts, WEIGHTS_ONLY: True}
+
+
+def _write_whole(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.partial")
+    partial.write_text(text)
+    partial.rename(file)
+
+
+# --- the model's tensors --------------------------------------------------------------------------------------------------------
+
+
+def _shapes(config: Config, *, geometry: ImageGeometry, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Of all tensors of the model, by their names in checkpoints."""
+    layers = config.model.backbone.num_layers
+    with _one_layer(config, geometry=geometry, vocab_size=vocab_size, device="meta") as model:
+        shapes = {shard.key: tuple(shard.global_shape) for shard in _shards(model)}
+    return {key: (layers, *shape[1:]) if is_stacked(key) else shape for key, shape in shapes.items()}
+
+
+@contextmanager
+def _one_layer(
+    config: Config, *, geometry: ImageGeometry, vocab_size: int, device: str, **backbone_fields: int
+) -> Iterator[MMARModel]:
+    """The model with one layer only, in this one process; its process groups end with the block."""
+    backbone = copy.copy(config.model.backbone)
+    for name, value in {**_ONE_PROCESS, "num_layers": 1, **backbone_fields}.items():
+        setattr(backbone, name, value)
+    groups = parallel.initialize_fake(ParallelConfig(), rank=0, world_size=1)
+    try:
+        with torch.device(device):
+            (model,) = build_model(
+                replace(config.model, backbone=backbone),
+                geometry=geometry,
+                vocab_size=vocab_size,
+                groups=groups,
+                seed=config.seed,
+                draw_weights=False,
+            )
+        yield model
+    finally:
+        parallel.leave()
+
+
+def _shards(model: MMARModel) -> list[ShardedTensor]:
+    state = model.sharded_state_dict(prefix="")
+    tensors = {name: value for name, value in state.items() if isinstance(value, ShardedTensor | ShardedTensorFactory)}
+    apply_factories(tensors)
+    return list(nested_values(tensors))
+
+
+# --- from the files -------------------------------------------------------------------------------------------------------------
+
+
+class _Source:
+    """The checkpoint's tensors as they come from the files. All of it is checked here, from their headers.
+
+    Args:
+        hf: the directory.
+        weights: what is in it.
+        shapes: of the tensors that are to come from there.
+        pretrained: what the model is.
+        copied_rows: ids of the tokenizer, without those that are appended.
+
+    Raises:
+        ValueError: a tensor is missing, of no use, or of another shape or type than it must be.
+    """
+
+    def __init__(
+        self,
+        hf: Path,
+        weights: HuggingFaceWeights,
+        shapes: Mapping[str, tuple[int, ...]],
+        *,
+        pretrained: Pretrained,
+        copied_rows: int,
+    ) -> None:
+        self._hf, self._weights, self._shapes, self._copied_rows = hf, weights, shapes, copied_rows
+        self._pretrained = pretrained
+        backbone = pretrained.model["backbone"]
+        self._heads = Heads(num_query_groups=backbone["num_query_groups"], head_dim=backbone["kv_channels"])
+        unread = {key: TensorSpec(shape, torch.float32) for key, shape in shapes.items()}
+        self._links = {(key, layer): _link_of(key, layer) for key, layer in pieces(unread)}
+        self._check_names_and_shapes()
+        self.specs = {key: TensorSpec(shape, self._dtype_of(key)) for key, shape in shapes.items()}
+
+    def read(self, key: str, layer: int | None) -> Tensor:
+        """One tensor of the checkpoint, of one layer where they are stacked."""
+        link = self._links[key, layer]
+        tensor = join(link, {name: self._weights.read(name) for name in link.theirs}, heads=self._heads)
+        if self._pretrained.family != MMAR and key in (_WORDS, _OUTPUT):
+            return _with_mean_rows(tensor, copied=self._copied_rows, rows=self._shapes[key][0])
+        return tensor
+
+    def _check_names_and_shapes(self) -> None:
+        expected = {
+            name: shape for place, link in self._links.items() for name, shape in self._their_shapes(*place, link).items()
+        }
+        there = self._weights.specs
+        for name, shape in expected.items():
+            if name not in there:
+                raise ValueError(f"{self._hf} lacks the tensor {name}, which must be {list(shape)}: copy all of its files.")
+            if there[name].shape != shape:
+                raise ValueError(
+                    f"{self._hf}: {name} is {list(there[name].shape)}, but its config.json makes it {list(shape)}: "
+                    "give the config.json that came with the weights."
+                )
+        for name, spec in there.items():
+            if name == _TIED_OUTPUT and name not in expected:
+                self._check_tied(spec)
+            elif name not in expected:
+                raise ValueError(
+                    f"{self._hf} has the tensor {name} {list(spec.shape)}, which this model has no place for: give another model."
+                )
+
+    def _their_shapes(self, key: str, layer: int | None, link: Link) -> dict[str, tuple[int, ...]]:
+        shape = self._shapes[key] if layer is None else self._shapes[key][1:]
+        if key in (_WORDS, _OUTPUT):
+            shape = (self._pretrained.vocab_size, *shape[1:])
+        parts = split(link, torch.empty(shape, device="meta"), heads=self._heads)
+        return {name: tuple(part.shape) for name, part in parts.items()}
+
+    def _check_tied(self, spec: TensorSpec) -> None:
+        words = self._weights.specs[_THEIR_WORDS]
+        if spec != words or not torch.equal(self._weights.read(_TIED_OUTPUT), self._weights.read(_THEIR_WORDS)):
+            raise ValueError(
+                f"{self._hf}: {_TIED_OUTPUT} differs from {_THEIR_WORDS}, but config.json says that they are one: "
+                "set tie_word_embeddings to false there if the model has an output layer of its own."
+            )
+
+    def _dtype_of(self, key: str) -> torch.dtype:
+        """The one type of all that a tensor is made of."""
+        names = [name for (of, _), link in self._links.items() if of == key for name in link.theirs]
+        dtypes = {self._weights.specs[name].dtype: name for name in reversed(names)}
+        if len(dtypes) > 1:
+            (one, first), (other, second) = list(dtypes.items())[:2]
+            raise ValueError(f"{self._hf}: {first} is {one}, but {second} is {other}: save the model in one type.")
+        return next(iter(dtypes))
+
+
+def _link_of(key: str, layer: int | None) -> Link:
+    """The tensors of Hugging Face that one of the checkpoint consists of: `names.links`, the other way round."""
+    for rule in RULES:
+        if match := re.fullmatch(re.escape(rule.ours).replace(r"\*", "(.+)"), key):
+            rest = "".join(match.groups())
+            return Link(
+                key, layer, tuple(name.replace("*", rest).replace("{layer}", str(layer)) for name in rule.theirs), rule.layout
+            )
+    raise ValueError(f"The model of this configuration has {key}, which Hugging Face's has not: leave out what adds it.")
+
+
+def _with_mean_rows(rows_VD: Tensor, *, copied: int, rows: int) -> Tensor:
+    """The first `copied` rows of [V, D], and their mean in all that follow, [rows, D].
+
+    A new token's logit is then about the mean of all, and does not drown those the model was trained to give (Hewitt 2021,
+    "Initializing New Word Embeddings for Pretrained Language Models").
+    """
+    rows_VD = rows_VD[:copied]
+    resized = rows_VD.new_empty((rows, *rows_VD.shape[1:]))
+    resized[:copied] = rows_VD
+    resized[copied:] = rows_VD.mean(dim=0, dtype=torch.float32)
+    return resized
