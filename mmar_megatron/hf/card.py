@@ -10,7 +10,7 @@ from mmar_megatron import platform
 from mmar_megatron.config import Config
 from mmar_megatron.training import manifest
 
-_USAGE = '''```python
+_USAGE = """```python
 import torch
 from transformers import AutoModelForCausalLM, AutoProcessor
 
@@ -34,7 +34,17 @@ latents = processor.to_latents([pictures[0]])
 redraw = torch.zeros(latents.shape[:2], dtype=torch.bool)
 redraw[:, : latents.shape[1] // 2] = True
 latents = model.generate_images(**processor.to_paint(["a caption"]), start_latents=latents, redraw=redraw)
-```'''
+```"""
+_FRONT = """---
+library_name: transformers
+pipeline_tag: any-to-any
+tags:
+- mmar
+- text-to-image
+- image-to-text
+- masked-autoregressive
+---
+"""
 _SHOWN = {
     "val_loss_text": "text, cross-entropy (nats a token)",
     "val_loss_image": "image, diffusion loss",
@@ -58,10 +68,16 @@ def model_card(checkpoint: Path, config: Config, *, average: bool) -> str:
     data = [source.path for source in config.data.sources.values()] or [config.data.path]
     codec = config.data.codec
     rows = [
-        ("backbone", f"{sizes.num_layers} layers, {sizes.hidden_size} wide, {sizes.num_attention_heads} heads in "
-                     f"{sizes.num_query_groups} groups"),
-        ("diffusion head", f"{config.model.head.depth} x {config.model.head.width}, predicts "
-                           f"{config.model.diffusion.parameterization}, schedule {config.model.diffusion.schedule}"),
+        (
+            "backbone",
+            f"{sizes.num_layers} layers, {sizes.hidden_size} wide, {sizes.num_attention_heads} heads in "
+            f"{sizes.num_query_groups} groups",
+        ),
+        (
+            "diffusion head",
+            f"{config.model.head.depth} x {config.model.head.width}, predicts "
+            f"{config.model.diffusion.parameterization}, schedule {config.model.diffusion.schedule}",
+        ),
         ("pictures", f"{codec.image_size} x {codec.image_size}, {codec.kind} codec"),
         ("step", f"{step:,}" + (", moving average of the weights" if average else "")),
         ("tokens seen", f"{facts['stream']['tokens']:,}, among {facts['stream']['images']:,} images"),
@@ -70,14 +86,14 @@ def model_card(checkpoint: Path, config: Config, *, average: bool) -> str:
     ]
     metrics = _last_metrics(checkpoint, step=step)
     losses = [(title, f"{metrics[name]:.4f}") for name, title in _SHOWN.items() if isinstance(metrics.get(name), float)]
-    front = "---\nlibrary_name: transformers\npipeline_tag: any-to-any\ntags:\n- mmar\n- text-to-image\n- image-to-text\n- masked-autoregressive\n---\n"
+    needs = "torch, transformers" + (", diffusers" if codec.kind == "vae" else "")
     parts = [
-        f"{front}\n# MMAR model\n\nOne decoder that reads and writes text, and reads and paints images as continuous tokens; trained with "
-        f"MMAR-Megatron {platform.versions()['mmar_megatron']}.",
+        f"{_FRONT}\n# MMAR model\n\nOne decoder that reads and writes text, and reads and paints images as continuous tokens; "
+        f"trained with MMAR-Megatron {platform.versions()['mmar_megatron']}.",
         f"## The run\n\n{_table(rows)}",
         f"## Losses at step {step:,}\n\n{_table(losses)}" if losses else "",
-        f"## Use\n\nNeeds torch and transformers{' and diffusers' if codec.kind == 'vae' else ''}. The code ships with the weights, so that "
-        f"`trust_remote_code=True` is asked for; `DIR` is this directory.\n\n{_USAGE}",
+        f"## Use\n\nNeeds {needs}. The code ships with the weights, so that `trust_remote_code=True` is asked for; `DIR` is this "
+        f"directory.\n\n{_USAGE}",
         "## Limits\n\nNot evaluated for safety or bias. It knows what its training data held, and no more.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -30,12 +30,11 @@ from mmar_megatron.hf.names import Heads, Link, join, links, split
 from mmar_megatron.hf.shipping import AUTO_MAP, shipped_code
 from mmar_megatron.hf.storage import CheckpointReader, Pace, TensorSpec, all_or_nothing
 from mmar_megatron.hf.tokenizer_json import hugging_face_files
+from mmar_megatron.hf.weights import INDEX, SINGLE
 from mmar_megatron.model.mmar_model import padded_vocab_size
 from mmar_megatron.training import checkpoint, manifest
 from mmar_megatron.training.checkpoint import CONFIG
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 VAE = "vae"
 
 
@@ -287,7 +286,7 @@ def _write_weights(source: Exportable, directory: Path, *, shard_bytes: int, say
     pace = Pace(pieces=len(source.links), nbytes=sum(source.nbytes(link) for link in source.links), say=say)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
-        name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors: dict[str, Tensor] = {}
         for link in shard:
             tensors |= source.tensors(link)
@@ -296,8 +295,11 @@ def _write_weights(source: Exportable, directory: Path, *, shard_bytes: int, say
         weight_map |= dict.fromkeys(tensors, name)
     if len(shards) > 1:
         total = sum(source.nbytes(link) for link in source.links)
-        (directory / INDEX).write_text(_as_json({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}))
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (directory / INDEX).write_text(_as_json(index))
+    readable = directory.stat().st_mode & 0o666  # safetensors' files are the owner's alone
     for file in directory.iterdir():
+        file.chmod(readable)
         manifest.record(file)  # flushes it to the disk
 
 

@@ -1,5 +1,5 @@
-"""The code that ships with exported weights: files of this package, which import nothing but what comes with torch and transformers,
-and each other. In an export they lie side by side.
+"""The code that ships with exported weights: files of this package, which import each other and what comes with torch and
+transformers, and nothing else. In an export they lie side by side.
 """
 
 from __future__ import annotations
