@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from einops import rearrange
 from numpy.typing import NDArray
 
 from mmar_megatron.config_checks import DEFAULT_PATCH_SIZE
+from mmar_megatron.data.patches import from_patches, pixels_of, scaled, to_patches
 
 if TYPE_CHECKING:
     from mmar_megatron.config import CodecConfig
@@ -71,15 +71,11 @@ class PatchCodec:
 
     def encode(self, image_HW3: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Pixels uint8 [..., H, W, 3] -> tokens float32 [..., N, C] in [-1, 1]."""
-        scaled_HW3 = image_HW3.astype(np.float32) / np.float32(127.5) - np.float32(1)
-        ph = pw = self.patch_size
-        return rearrange(scaled_HW3, "... (gh ph) (gw pw) c -> ... (gh gw) (ph pw c)", ph=ph, pw=pw)
+        return to_patches(scaled(image_HW3), patch_size=self.patch_size)
 
     def decode(self, tokens_NC: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Tokens [..., N, C] -> pixels uint8 [..., H, W, 3]; values outside [-1, 1] are clipped."""
-        sizes = {"gh": self.grid_height, "ph": self.patch_size, "pw": self.patch_size}
-        scaled_HW3 = rearrange(tokens_NC, "... (gh gw) (ph pw c) -> ... (gh ph) (gw pw) c", **sizes)
-        return np.rint((scaled_HW3.clip(-1, 1) + 1) * 127.5).astype(np.uint8)
+        return pixels_of(from_patches(tokens_NC, rows=self.grid_height, patch_size=self.patch_size))
 
 
 def build_codec(config: CodecConfig) -> ImageCodec:

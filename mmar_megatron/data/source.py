@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +17,7 @@ from mmar_megatron.data.sequence import Document, DocumentBuilder, assemble
 from mmar_megatron.data.shards import Sample, ShardReader
 from mmar_megatron.data.storage import Storage, open_storage
 from mmar_megatron.data.stream import Planner, PlanSettings, SourceLengths
-from mmar_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from mmar_megatron.data.tokenizer import TOKENIZER_NAMES, Tokenizer, find_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from mmar_megatron.config import DataConfig, SourceConfig, TaskConfig
@@ -62,20 +63,13 @@ class DataSource:
         self.sets = [*_open_all(config)]
         self.codec: ImageCodec = codec or build_codec(config.codec)
         self._tokenizer_path = config.tokenizer or self.sets[0].path
-        self.tokenizer: Tokenizer = self._load_tokenizer()
+        self.tokenizer: Tokenizer = load_tokenizer(tokenizer_file(config, storage=self.sets[0].storage))
         self.builder = DocumentBuilder(self.tokenizer, num_tokens=self.codec.num_tokens, sequence_length=config.sequence_length)
         for opened in self.sets:
             self._check(opened)
         self.teacher_features = self._teacher_features() if teacher else 0
 
     # --- opening ----------------------------------------------------------------------------------------------------------------
-
-    def _load_tokenizer(self) -> Tokenizer:
-        if self.config.tokenizer is not None:
-            return load_tokenizer(self.config.tokenizer)
-        storage = self.sets[0].storage
-        names = [name for name in ("tokenizer.model", "tokenizer.json") if storage.size(name) is not None]
-        return load_tokenizer(storage.local(names[0]) if names else self._tokenizer_path)
 
     def _check(self, opened: DataSet) -> None:
         path, index = opened.path, opened.index
@@ -187,6 +181,20 @@ class DataSource:
             teacher_features=self.teacher_features,
             pad_id=self.tokenizer.pad_id,
         )
+
+
+def tokenizer_file(config: DataConfig, *, storage: Storage | None = None) -> Path:
+    """The file of the tokenizer that is configured, or else lies beside the first data set's index, on `storage` if that is open.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if config.tokenizer is not None:
+        return find_tokenizer(config.tokenizer)
+    path = next(iter(config.sources.values())).path if config.sources else config.path
+    storage = storage or open_storage(path)
+    names = [name for name in TOKENIZER_NAMES if storage.size(name) is not None]
+    return storage.local(names[0]) if names else find_tokenizer(path)
 
 
 def _open_all(config: DataConfig) -> Iterator[DataSet]:

@@ -25,6 +25,8 @@ SPECIAL_TOKENS: Mapping[str, tuple[str, ...]] = {
     "image": ("<image>", "<|image_pad|>"),
 }
 """Each role and the names it is known by; the first is ours."""
+TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json")
+"""In a directory the first that is there is used."""
 
 
 class Tokenizer(ABC):
@@ -143,16 +145,26 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
         ValueError: there is none at `path`, or it cannot be read.
     """
-    path = Path(path)
-    candidates = [path / "tokenizer.model", path / "tokenizer.json"] if path.is_dir() else [path]
-    file = next((c for c in candidates if c.is_file()), None)
-    if file is None:
-        raise ValueError(f"no tokenizer at {path}: expected a SentencePiece model, a tokenizer.json, or a directory with one")
+    file = find_tokenizer(path)
     kind = HuggingFaceTokenizer if file.suffix == ".json" else SentencePieceTokenizer
     try:
         return kind(file.read_bytes())
     except Exception as error:  # both libraries raise bare Exceptions and RuntimeErrors
         raise ValueError(f"{file} is not a {kind.__name__.removesuffix('Tokenizer')} tokenizer: {error}") from error
+
+
+def find_tokenizer(path: str | Path) -> Path:
+    """The file of a tokenizer: `path` itself, or the SentencePiece model or `tokenizer.json` in it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(path)
+    candidates = [path / name for name in TOKENIZER_NAMES] if path.is_dir() else [path]
+    file = next((c for c in candidates if c.is_file()), None)
+    if file is None:
+        raise ValueError(f"no tokenizer at {path}: expected a SentencePiece model, a tokenizer.json, or a directory with one")
+    return file
 
 
 def train_sentencepiece(texts: Sequence[str], *, vocab_size: int, or_fewer: bool = False) -> bytes:

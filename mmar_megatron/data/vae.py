@@ -25,6 +25,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 
 from mmar_megatron import platform
+from mmar_megatron.data.patches import pixels_of
 from mmar_megatron.data.weights import check_whole, weights_hash
 
 CONFIG_NAME = "config.json"
@@ -66,7 +67,7 @@ class VAECodec:
         self.num_tokens = self.grid_height * self.grid_width
         self.latent_channels: int = self.config["latent_channels"]
         self.channels = self.latent_channels * patch_size**2
-        self._shift, self._scale = _shift_and_scale(self.config)
+        self.shift, self.scale = _shift_and_scale(self.config)
         self._model: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -108,7 +109,7 @@ class VAECodec:
         model = self._loaded()
         pixels = torch.tensor(np.ascontiguousarray(pixels_BHW3), device=platform.device(), dtype=torch.float32)
         latents = model.encode(rearrange(pixels, "b h w c -> b c h w") / 127.5 - 1).latent_dist
-        shift, scale = self._on_device(self._shift), self._on_device(self._scale)
+        shift, scale = self._on_device(self.shift), self._on_device(self.scale)
         # diffusers has clipped the log-variance to [-30, 20].
         of_tokens = (latents.mean - shift) * scale, latents.logvar + 2 * scale.abs().log()
         return torch.stack([self._to_tokens(moment) for moment in of_tokens], dim=1).cpu().numpy()
@@ -118,9 +119,9 @@ class VAECodec:
         model = self._loaded()
         latents = self._to_latents(torch.tensor(tokens_BNC, device=platform.device(), dtype=torch.float32))
         # One memory layout whatever the patch size: convolutions round differently in another.
-        latents = latents.contiguous() / self._on_device(self._scale) + self._on_device(self._shift)
+        latents = latents.contiguous() / self._on_device(self.scale) + self._on_device(self.shift)
         pixels = rearrange(model.decode(latents).sample, "b c h w -> b h w c").cpu().numpy()
-        return np.rint((pixels.clip(-1, 1) + 1) * 127.5).astype(np.uint8)
+        return pixels_of(pixels)
 
     def _to_tokens(self, latents: torch.Tensor) -> torch.Tensor:
         ph = pw = self.patch_size

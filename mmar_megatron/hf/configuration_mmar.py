@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
@@ -29,7 +29,9 @@ class MMARConfig(PretrainedConfig):
     """
 
     model_type = "mmar"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers declares it so)
+    keys_to_ignore_at_inference: ClassVar = [
+        *("cache", "past_key_values", "last_hidden_state", "text_loss", "image_loss", "alignment_loss", "image_conditions")
+    ]
 
     def __init__(
         self,
@@ -75,20 +77,22 @@ class MMARConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.qkv_bias = qkv_bias
         self.qk_norm = qk_norm
-        self.rotary = {"base": 10000.0} | (rotary or {})
-        self.embedding_vit = {"num_layers": 4, "hidden_size": 384, "num_attention_heads": 6, "mlp_ratio": 4.0} | (
+        self.rotary: dict[str, Any] = {"base": 10000.0} | (rotary or {})
+        self.embedding_vit: dict[str, Any] = {"num_layers": 4, "hidden_size": 384, "num_attention_heads": 6, "mlp_ratio": 4.0} | (
             embedding_vit or {}
         )
-        self.head = {"depth": 3, "width": 1024, "timestep_multiplier": 4} | (head or {})
-        self.diffusion = {
+        self.head: dict[str, Any] = {"depth": 3, "width": 1024, "timestep_multiplier": 4} | (head or {})
+        self.diffusion: dict[str, Any] = {
             "schedule": "cosine",
             "parameterization": "v",
             "num_timesteps": 1000,
             "sampling_steps": 100,
             "sampler": "ddim",
         } | (diffusion or {})
-        self.image = {"grid_height": 16, "grid_width": 16, "channels": 16} | (image or {})
-        self.mask_ratio = {"distribution": "truncated_normal", "mean": 1.0, "std": 0.25, "minimum": 0.7} | (mask_ratio or {})
+        self.image: dict[str, Any] = {"grid_height": 16, "grid_width": 16, "channels": 16} | (image or {})
+        self.mask_ratio: dict[str, Any] = {"distribution": "truncated_normal", "mean": 1.0, "std": 0.25, "minimum": 0.7} | (
+            mask_ratio or {}
+        )
         self.text_loss_weight = text_loss_weight
         self.image_loss_weight = image_loss_weight
         self.alignment_loss_weight = alignment_loss_weight

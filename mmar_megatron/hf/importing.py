@@ -27,7 +27,7 @@ from mmar_megatron import parallel
 from mmar_megatron.config import CommandLine, Config, ParallelConfig, parse_command_line
 from mmar_megatron.config_checks import OTHER_SPLITS
 from mmar_megatron.data.codec import build_codec
-from mmar_megatron.data.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
+from mmar_megatron.data.tokenizer import SPECIAL_TOKENS, TOKENIZER_NAMES, Tokenizer, load_tokenizer
 from mmar_megatron.hf.families import MMAR, Pretrained, contradictions, model_section, read_pretrained
 from mmar_megatron.hf.names import RULES, Heads, Link, join, split
 from mmar_megatron.hf.storage import TensorSpec, is_stacked, pieces, write_checkpoint
@@ -223,7 +223,7 @@ def _tokenizer_of(config: Config, *, hf: Path) -> Tokenizer:
     """The one that is configured. Raises ValueError where it is another than the model was trained with."""
     assert config.data.tokenizer is not None
     tokenizer = load_tokenizer(config.data.tokenizer)
-    theirs = load_tokenizer(hf) if any((hf / name).is_file() for name in ("tokenizer.model", "tokenizer.json")) else tokenizer
+    theirs = load_tokenizer(hf) if any((hf / name).is_file() for name in TOKENIZER_NAMES) else tokenizer
     for token_id in range(min(tokenizer.base_vocab_size, theirs.base_vocab_size)):
         if (ours := tokenizer.name_of(token_id)) != (own := theirs.name_of(token_id)):
             raise ValueError(

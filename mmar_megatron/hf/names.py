@@ -1,7 +1,7 @@
 """Names of tensors: those of a checkpoint and those of a Hugging Face model, in one table that is read in both directions.
 
-A checkpoint's names are those of any layer spec (see `layer_specs.py`), with the layers of the backbone stacked along a first axis.
-Hugging Face's are Llama's, as Mistral and Qwen have them too, with the image parts beside them.
+A checkpoint's names are those of any layer spec (see `layer_specs.py`), with the layers of the backbone stacked along a first
+axis. Hugging Face's are Llama's, as Mistral and Qwen have them too, with the image parts beside them.
 
 Axes: D width of the backbone, H heads, G key-value groups, P heads of a group, E width of a head, I width within the MLP.
 """

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -164,20 +165,38 @@ def write_checkpoint(
         ValueError: `out` exists.
         OSError: the disk is too full or cannot be written.
     """
+    needed = sum(spec.nbytes for spec in tensors.values())
+    with all_or_nothing(out, needed=needed) as partial:
+        pace = Pace(pieces=sum(1 for _ in pieces(tensors)), nbytes=needed, say=say)
+        files = _write_tensors(partial, tensors, read, pace=pace)
+        files += write_small(partial, {COMMON_STATE_FNAME: {}, CONFIG: config_yaml})
+        with ThreadPoolExecutor() as threads:
+            records = threads.map(manifest.record, (partial / name for name in files))
+            manifest.write(partial, files=dict(zip(files, records, strict=True)), facts=facts)
+
+
+@contextmanager
+def all_or_nothing(out: Path, *, needed: int) -> Iterator[Path]:
+    """A directory to fill, which is `out` when all went well, and gone when not.
+
+    Args:
+        out: must not exist.
+        needed: bytes that will be written.
+
+    Raises:
+        ValueError: `out` exists.
+        OSError: the disk is too full or cannot be written.
+    """
     if out.exists():
         raise ValueError(f"{out} exists: remove it or choose another --out")
-    needed = sum(spec.nbytes for spec in tensors.values())
     there = next(parent for parent in out.absolute().parents if parent.exists())
     if (free := shutil.disk_usage(there).free) < needed:
         raise OSError(f"{out} takes {needed / 1e9:,.2f} GB, and {there} has {free / 1e9:,.2f} GB left: make room")
     partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
     partial.mkdir(parents=True)
     try:
-        files = _write_tensors(partial, tensors, read, pace=_Pace(tensors, say))
-        files += write_small(partial, {COMMON_STATE_FNAME: {}, CONFIG: config_yaml})
-        with ThreadPoolExecutor() as threads:
-            records = threads.map(manifest.record, (partial / name for name in files))
-            manifest.write(partial, files=dict(zip(files, records, strict=True)), facts=facts)
+        yield partial
+        manifest.flush_directory(partial)
         partial.rename(out)
         manifest.flush_directory(out.parent)
     except BaseException:
@@ -190,7 +209,7 @@ def _write_tensors(
     tensors: Mapping[str, TensorSpec],
     read: Callable[[str, int | None], Tensor],
     *,
-    pace: _Pace,
+    pace: Pace,
 ) -> list[str]:
     """The files of tensors and their index; returns their names. torch's own writer would keep every tensor until the last."""
     stored = {
@@ -207,7 +226,7 @@ def _write_tensors(
             chunk = ChunkStorageMetadata(torch.Size((first, *(0 for _ in tensor.shape[1:]))), tensor.shape)
             stored[key].chunks.append(chunk)
             results.append(files.append(MetadataIndex(key, chunk.offsets), tensor))
-            pace.written(tensor.nbytes)
+            pace.done(tensor.nbytes)
             del tensor  # else it would stay until the next one is there
     finally:
         files.close()
@@ -245,16 +264,22 @@ class _Files:
             self._file.close()
 
 
-class _Pace:
-    """Tells how far writing is and how long it will take, every few seconds."""
+class Pace:
+    """Tells how far a conversion is and how long it will take, every few seconds.
 
-    def __init__(self, tensors: Mapping[str, TensorSpec], say: Callable[[str], object]) -> None:
+    Args:
+        pieces: tensors there will be.
+        nbytes: their size.
+        say: is told.
+    """
+
+    def __init__(self, *, pieces: int, nbytes: int, say: Callable[[str], object]) -> None:
         self._say = say
-        self._pieces, self._bytes = sum(1 for _ in pieces(tensors)), sum(spec.nbytes for spec in tensors.values())
+        self._pieces, self._bytes = pieces, nbytes
         self._pieces_done = self._bytes_done = 0
         self._begin = self._last = time.monotonic()
 
-    def written(self, nbytes: int) -> None:
+    def done(self, nbytes: int) -> None:
         """Another piece is done."""
         self._pieces_done += 1
         self._bytes_done += nbytes

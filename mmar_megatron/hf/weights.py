@@ -13,7 +13,7 @@ from torch import Tensor
 from mmar_megatron.data.weights import check_whole
 from mmar_megatron.hf.storage import TensorSpec
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _COMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")
 """Tensors that some versions of transformers saved though they follow from the config."""
@@ -44,22 +44,22 @@ class HuggingFaceWeights:
 
 def _places(directory: Path) -> dict[str, Path]:
     """The file of each tensor, every file found to be whole."""
-    if (directory / _SINGLE).is_file():
-        return dict.fromkeys(sorted(_names_in(directory / _SINGLE)), directory / _SINGLE)
-    if not (directory / _INDEX).is_file():
+    if (directory / SINGLE).is_file():
+        return dict.fromkeys(sorted(_names_in(directory / SINGLE)), directory / SINGLE)
+    if not (directory / INDEX).is_file():
         raise ValueError(_what_is_there_instead(directory))
     try:
-        shard_of: dict[str, str] = json.loads((directory / _INDEX).read_text())["weight_map"]
+        shard_of: dict[str, str] = json.loads((directory / INDEX).read_text())["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{directory / _INDEX} makes no sense: copy it again") from error
+        raise ValueError(f"{directory / INDEX} makes no sense: copy it again") from error
     there = {}
     for shard in sorted(set(shard_of.values())):
         if not (directory / shard).is_file():
-            raise ValueError(f"{directory / shard} is missing, which {_INDEX} names: copy it too")
+            raise ValueError(f"{directory / shard} is missing, which {INDEX} names: copy it too")
         there[shard] = _names_in(directory / shard)
     for name, shard in shard_of.items():
         if name not in there[shard]:
-            raise ValueError(f"{directory / shard} has no tensor {name}, though {_INDEX} says so: copy both again")
+            raise ValueError(f"{directory / shard} has no tensor {name}, though {INDEX} says so: copy both again")
     return {name: directory / shard for name, shard in shard_of.items()}
 
 
@@ -76,8 +76,8 @@ def _what_is_there_instead(directory: Path) -> str:
             "(load it with transformers and save it with save_pretrained)"
         )
     if any(directory.glob("*.safetensors")):
-        return f"{directory} has shards of weights, but no {_INDEX} that says what is in them: copy it too"
-    return f"{directory} has neither {_SINGLE} nor {_INDEX}: give the directory of a Hugging Face model"
+        return f"{directory} has shards of weights, but no {INDEX} that says what is in them: copy it too"
+    return f"{directory} has neither {SINGLE} nor {INDEX}: give the directory of a Hugging Face model"
 
 
 def _spec(shard: safe_open, name: str, *, file: Path) -> TensorSpec:

@@ -19,7 +19,7 @@ from torch import Tensor
 from mmar_megatron import platform
 from mmar_megatron.data.sequence import DocumentImage
 from mmar_megatron.data.source import DataSource
-from mmar_megatron.diffusion.parameterization import guide
+from mmar_megatron.diffusion.conditional import draw_tokens
 from mmar_megatron.diffusion.rounds import cosine_rounds, image_generator, random_order
 from mmar_megatron.diffusion.sampler import Sampler, SamplerKind
 from mmar_megatron.engine.base import Engine
@@ -152,11 +152,5 @@ def _sample_head(
         drawn = np.concatenate([stream.standard_normal(noise_shape, dtype=np.float32) for stream in streams])
         return torch.from_numpy(drawn).to(z_KZ.device)
 
-    def predict(x_KC: Tensor, t_K: Tensor) -> Tensor:
-        if not guided:
-            return model.denoise(x_KC[:, None], timestep_KR=t_K[:, None], z_KZ=z_KZ)[:, 0]
-        u = model.denoise(x_KC.repeat(2, 1)[:, None], timestep_KR=t_K.repeat(2)[:, None], z_KZ=z_KZ)[:, 0]
-        conditional, unconditional = u.chunk(2)
-        return guide(conditional, u_uncond=unconditional, scale=sampling.guidance_scale)
-
-    return sampler.sample(predict, noise=noise)
+    scale = sampling.guidance_scale if guided else None
+    return draw_tokens(model.denoise, z_KZ, sampler=sampler, noise=noise, guidance_scale=scale)

@@ -20,7 +20,7 @@ from mmar_megatron.config import EmbeddingViTConfig
 from mmar_megatron.data.batch import Batch
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.model.initialization import seeded
-from mmar_megatron.model.vision import EmbeddingViT, PositionEmbedding2D, Projector
+from mmar_megatron.model.vision import EmbeddingViT, PositionEmbedding2D, Projector, embed_images
 
 
 class MultimodalEmbedding(MegatronModule):
@@ -55,7 +55,14 @@ class MultimodalEmbedding(MegatronModule):
         """The backbone's input, [S, B, D] (under sequence parallelism this rank's [S / TP, B, D])."""
         text_BSD = self.word_embeddings(batch.tokens_BS)
         is_text_BS1 = (batch.span_ids_BS < 0).unsqueeze(-1)
-        image_MND = self._embed_images(batch)
+        image_MND = embed_images(
+            batch.latents_MNC,
+            visible_MN=batch.visible_MN,
+            embedding_vit=self.embedding_vit,
+            vis_projector=self.vis_projector,
+            mask_embedding_D=self.mask_embedding,
+            position=self.position,
+        )
         # Every slot is added at its place; an empty one adds zeros at place 0: shapes are fixed, nothing waits for the device.
         occupied_MN1 = (batch.visible_MN | batch.masked_MN).unsqueeze(-1)
         h = rearrange(text_BSD * is_text_BS1, "b s d -> (b s) d").index_add(
@@ -65,8 +72,3 @@ class MultimodalEmbedding(MegatronModule):
         if self.config.sequence_parallel:
             h_SBD = scatter_to_sequence_parallel_region(h_SBD, group=self.tensor_group)
         return h_SBD
-
-    def _embed_images(self, batch: Batch) -> Tensor:
-        features_MNV = self.embedding_vit(batch.latents_MNC, visible_MN=batch.visible_MN)
-        visible_MN1 = batch.visible_MN.unsqueeze(-1)
-        return torch.where(visible_MN1, self.vis_projector(features_MNV), self.mask_embedding) + self.position()

@@ -12,7 +12,7 @@ from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from megatron.core.enums import ModelType
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
@@ -27,13 +27,8 @@ from torch import Tensor, nn
 
 from mmar_megatron.config import ModelConfig
 from mmar_megatron.data.batch import IGNORE, Batch
-from mmar_megatron.diffusion.parameterization import (
-    Parameterization,
-    add_noise,
-    check_compatible,
-    diffusion_loss,
-    zero_loss,
-)
+from mmar_megatron.diffusion.conditional import denoising_loss
+from mmar_megatron.diffusion.parameterization import Parameterization, check_compatible
 from mmar_megatron.diffusion.schedule import NoiseSchedule
 from mmar_megatron.model.attention import attention_bias, mixed_attention_allowed, rotary_angles
 from mmar_megatron.model.embedding import MultimodalEmbedding
@@ -206,21 +201,22 @@ class MMARModel(LanguageModule):
         x_KC, noise_KRC, u_KR = (
             rearrange(t, "m n ... -> (m n) ...")[masked] for t in (batch.latents_MNC, batch.noise_MNRC, batch.timesteps_MNR)
         )
-        timestep_KR = self.schedule.index(u_KR)
-        alpha_KR1, sigma_KR1 = self.schedule.alpha_sigma(timestep_KR)
-        x_KRC = repeat(x_KC, "k c -> k r c", r=u_KR.shape[1])
-        noisy_KRC = add_noise(x_KRC, eps=noise_KRC, alpha=alpha_KR1, sigma=sigma_KR1)
-        predicted_KRC = self.denoise(noisy_KRC, timestep_KR=timestep_KR, z_KZ=self.post_projector(h_KD))
-
-        process = {"x": x_KRC, "eps": noise_KRC, "alpha": alpha_KR1, "sigma": sigma_KR1}
-        loss_KR = diffusion_loss(predicted_KRC, **process, parameterization=self.parameterization)
+        loss_KR, zero_KR = denoising_loss(
+            self.denoise,
+            x_KC=x_KC,
+            noise_KRC=noise_KRC,
+            u_KR=u_KR,
+            z_KZ=self.post_projector(h_KD),
+            schedule=self.schedule,
+            parameterization=self.parameterization,
+        )
         loss_K = loss_KR.mean(dim=1)
         by_timestep, rows_by_timestep = bucketed(loss_KR.detach().flatten(), u_KR.flatten())
         ratio_MN = batch.masked_MN.float().mean(dim=1, keepdim=True).expand_as(batch.masked_MN)
         by_mask_ratio, rows_by_mask_ratio = bucketed(loss_K.detach(), ratio_MN.flatten()[masked])
         return {
             "image": loss_K.sum(),
-            "image_zero": zero_loss(**process, parameterization=self.parameterization).mean(dim=1).sum(),
+            "image_zero": zero_KR.mean(dim=1).sum(),
             "image_by_timestep": by_timestep,
             "count_by_timestep": rows_by_timestep,
             "image_by_mask_ratio": by_mask_ratio,

@@ -23,9 +23,18 @@ class PositionEmbedding2D(nn.Module):
 
     def __init__(self, *, grid_height: int, grid_width: int, width: int, scale: float) -> None:
         super().__init__()
+        self.scale = scale
+        self.row = nn.Parameter(torch.empty(grid_height, width))
+        self.column = nn.Parameter(torch.empty(grid_width, width))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start anew."""
+        width = self.row.shape[1]
         half = width // 2
-        self.row = nn.Parameter(F.pad(scale * sinusoids(grid_height, width=half), (0, width - half)))
-        self.column = nn.Parameter(F.pad(scale * sinusoids(grid_width, width=width - half), (half, 0)))
+        self.row.copy_(F.pad(self.scale * sinusoids(len(self.row), width=half), (0, width - half)))
+        self.column.copy_(F.pad(self.scale * sinusoids(len(self.column), width=width - half), (half, 0)))
 
     def forward(self) -> Tensor:
         """Embeddings of all tokens in raster order, [N, width]."""
@@ -82,7 +91,11 @@ class EmbeddingViT(nn.Module):
             ViTBlock(width=hidden_size, num_heads=num_attention_heads, mlp_ratio=mlp_ratio) for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(hidden_size)
-        self.apply(initialize_linear)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw initial weights of the linears."""
+        self.apply(_initialize_linear)
 
     def forward(self, latents_MNC: Tensor, *, visible_MN: Tensor) -> Tensor:
         """[M, N, C] -> [M, N, V]. What comes out at a token that is not visible depends on that token and must not be used."""
@@ -102,10 +115,28 @@ class Projector(nn.Sequential):
 
     def __init__(self, *, in_features: int, out_features: int) -> None:
         super().__init__(nn.Linear(in_features, out_features), nn.GELU(), nn.Linear(out_features, out_features))
-        self.apply(initialize_linear)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw initial weights."""
+        self.apply(_initialize_linear)
 
 
-def initialize_linear(module: nn.Module) -> None:
+def embed_images(
+    latents_MNC: Tensor,
+    *,
+    visible_MN: Tensor,
+    embedding_vit: EmbeddingViT,
+    vis_projector: Projector,
+    mask_embedding_D: Tensor,
+    position: PositionEmbedding2D,
+) -> Tensor:
+    """What the backbone reads of images, [M, N, D]: features where a token is visible, else one learned vector; and its place."""
+    features_MNV = embedding_vit(latents_MNC, visible_MN=visible_MN)
+    return torch.where(visible_MN.unsqueeze(-1), vis_projector(features_MNV), mask_embedding_D) + position()
+
+
+def _initialize_linear(module: nn.Module) -> None:
     """Xavier-uniform weights and zero biases, as ViT and MAR have them."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)

@@ -1,0 +1,101 @@
+"""Compares an export with the checkpoint it was made of: every tensor to the bit, and every file that goes with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mmar_megatron.hf.exporting import Exportable, files_of
+from mmar_megatron.hf.storage import Pace
+from mmar_megatron.hf.weights import HuggingFaceWeights
+
+_MAY_DIFFER = ("README.md",)
+"""Made to be written on."""
+
+
+@dataclass(kw_only=True)
+class Comparison:
+    """What was found. Names as in the export."""
+
+    tensors: int = 0
+    different: dict[str, float] = field(default_factory=dict)
+    """Of each tensor that differs, the largest difference relative to its largest value; infinite where a value is not finite."""
+    missing: list[str] = field(default_factory=list)
+    """Tensors of the checkpoint that the export lacks, or has in another shape."""
+    extra: list[str] = field(default_factory=list)
+    """Tensors of the export that the checkpoint has no counterpart for."""
+    files: list[str] = field(default_factory=list)
+    """Other files that are missing, or not what an export would have."""
+
+    @property
+    def equal(self) -> bool:
+        """Whether the export is what its source says, to the last bit."""
+        return not (self.different or self.missing or self.extra or self.files)
+
+    def __str__(self) -> str:
+        lines = [f"{self.tensors} tensors compared, {self.tensors - len(self.different)} equal to the bit"]
+        if self.different:
+            worst = max(self.different, key=lambda name: self.different[name])
+            lines.append(f"worst {worst}: differs by {self.different[worst]:.3g} of its largest value")
+        lines += [f"missing, or of another shape: {name}" for name in self.missing[:10]]
+        lines += [f"of no place in the checkpoint: {name}" for name in self.extra[:10]]
+        lines += [f"not as an export has it: {name}" for name in self.files]
+        return "\n".join(lines)
+
+
+def compare(source: Exportable, directory: Path, *, say: Callable[[str], None] = print) -> Comparison:
+    """Reads both sides tensor by tensor.
+
+    Args:
+        source: the opened checkpoint.
+        directory: an export. What it holds in another number format is compared in that format.
+        say: is told how far it is, every few seconds.
+
+    Raises:
+        ValueError: the directory has no weights, or not whole ones.
+    """
+    weights = HuggingFaceWeights(directory)
+    found = Comparison()
+    pace = Pace(pieces=len(source.links), nbytes=sum(source.nbytes(link) for link in source.links), say=say)
+    unseen = set(weights.specs)
+    for link in source.links:
+        for name, ours in source.tensors(link).items():
+            unseen.discard(name)
+            if name not in weights.specs or weights.specs[name].shape != tuple(ours.shape):
+                found.missing.append(name)
+                continue
+            found.tensors += 1
+            difference = _difference(ours, weights.read(name))
+            if difference > 0:
+                found.different[name] = difference
+        pace.done(source.nbytes(link))
+    found.extra = sorted(unseen)
+    for name, text in files_of(source).items():
+        if name not in _MAY_DIFFER and not _is(directory / name, text):
+            found.files.append(name)
+    return found
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    ours = ours.to(theirs.dtype)
+    if torch.equal(ours, theirs):
+        return 0.0
+    largest = (ours.double() - theirs.double()).abs().max().item()
+    return largest / max(ours.double().abs().max().item(), 1e-30) if largest == largest else float("inf")
+
+
+def _is(file: Path, text: str) -> bool:
+    """Whether a file holds this; of JSON, what transformers writes beside it does not count."""
+    if not file.is_file():
+        return False
+    found = file.read_text()
+    if file.suffix != ".json":
+        return found == text
+    expected, there = json.loads(text), json.loads(found)
+    ignored = ("dtype", "transformers_version", "mmar_megatron_version")
+    return {k: v for k, v in expected.items() if k not in ignored}.items() <= there.items() if isinstance(there, dict) else False
