@@ -85,8 +85,10 @@ class ImportReport:
         if self.appended:
             appended = ", ".join(f"{role} = {token_id}" for role, token_id in self.appended.items())
             lines.append(f"special tokens appended, which begin as the mean of all words: {appended}")
-        padding = self.rows - self.copied_rows - len(self.appended)
-        lines.append(f"vocabulary: {self.rows} rows, of which {self.copied_rows} copied and {padding} that only pad")
+        lines.append(f"vocabulary: {self.rows} rows")
+        if self.copied_rows < self.rows:
+            padding = self.rows - self.copied_rows - len(self.appended)
+            lines[-1] += f", of which {self.copied_rows} copied and {padding} that only pad"
         if self.dropped_rows:
             lines[-1] += f"; {self.dropped_rows} that no token had were left out"
         if self.sliding_window is not None:
@@ -122,8 +124,8 @@ def import_model(
             raise ValueError(f"{made} exists: remove it or choose another {option}")
     pretrained = read_pretrained(hf)
     weights = HuggingFaceWeights(hf)
-    section = _section_for(hf, pretrained)
-    command = _parse(configs, options, section=section if write_config else None, tokenizer=hf)
+    written = _section_for(pretrained, tokenizer=str(hf)) if write_config else None
+    command = _parse(configs, options, section=written, tokenizer=hf)
     config = command.config
     _check_configuration(config, pretrained, hf=hf)
     codec = build_codec(config.data.codec)
@@ -148,6 +150,7 @@ def import_model(
         say=say,
     )
     if write_config is not None:
+        section = _section_for(pretrained, tokenizer=config.data.tokenizer)  # an option may have asked for another one
         _write_whole(write_config, f"# What {hf}/config.json makes of the model; goes on top of other configurations.\n{section}")
     return ImportReport(
         loaded=len(source.specs),
@@ -176,8 +179,8 @@ def draw_image_parts(config: Config, *, geometry: ImageGeometry) -> dict[str, Te
 # --- the configuration ----------------------------------------------------------------------------------------------------------
 
 
-def _section_for(hf: Path, pretrained: Pretrained) -> str:
-    values = {"model": model_section(pretrained), "data": {"tokenizer": str(hf)}}
+def _section_for(pretrained: Pretrained, *, tokenizer: str | None) -> str:
+    values = {"model": model_section(pretrained), "data": {"tokenizer": tokenizer}}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 

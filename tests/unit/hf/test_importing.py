@@ -18,7 +18,7 @@ from mmar_megatron.config import Config, ParallelConfig, parse_command_line
 from mmar_megatron.data.codec import build_codec
 from mmar_megatron.data.shapes import draw_scenes
 from mmar_megatron.data.tokenizer import load_tokenizer, train_sentencepiece
-from mmar_megatron.hf.configuration_mmar import MMARConfig
+from mmar_megatron.hf.exporting import export, open_checkpoint
 from mmar_megatron.hf.importing import ImportReport, draw_image_parts, import_model, link_of
 from mmar_megatron.hf.names import Heads, split
 from mmar_megatron.hf.storage import CheckpointReader, pieces
@@ -120,6 +120,14 @@ def test_written_configuration_is_enough_for_another_command(qwen3: Path, tmp_pa
     assert all(torch.equal(tensor, first[place]) for place, tensor in again.items())
 
 
+def test_written_configuration_has_the_tokenizer_that_was_asked_for(qwen3: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "tokenizer.json"
+    copy.write_bytes((qwen3 / "hf" / "tokenizer.json").read_bytes())
+    convert(qwen3 / "hf", tmp_path / "made", f"--data.tokenizer={copy}")
+    for file in (tmp_path / "made.yaml", tmp_path / "made" / checkpoint.CONFIG):
+        assert yaml.safe_load(file.read_text())["data"]["tokenizer"] == str(copy)
+
+
 def test_layout_and_precision_of_the_run_do_not_matter(qwen3: Path, tmp_path: Path) -> None:
     parallel_options = ["--parallel.tensor_model_parallel_size=2", "--parallel.pipeline_model_parallel_size=2"]
     parallel_options += ["--parallel.sequence_parallel=true", "--precision.dtype=bf16", "--parallel.pipeline_split=[1, 3]"]
@@ -170,36 +178,14 @@ def full_model(config: Config, *, geometry: ImageGeometry) -> dict[str, Tensor]:
 
 @pytest.fixture
 def exported(qwen3: Path, tmp_path: Path) -> Path:
-    """The checkpoint made/ in the names of Hugging Face."""
-    out = tmp_path / "exported"
-    config = MMARConfig(
-        vocab_size=384,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        rms_norm_eps=1e-5,
-        qk_norm=True,
-        tie_word_embeddings=False,
-        embedding_vit={"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2},
-        head={"depth": 2, "width": 24, "timestep_multiplier": 2},
-        image={"grid_height": 4, "grid_width": 4, "channels": 192},
-        image_token_id=303,
-        pad_token_id=305,
-    )
-    config.save_pretrained(out)
-    weights: dict[str, Tensor] = {}
-    for (key, layer), tensor in all_tensors(qwen3 / "made").items():
-        weights |= split(link_of(key, layer), tensor, heads=HEADS["qwen3"])
-    save_file(weights, out / "model.safetensors")
-    (out / "tokenizer.json").write_bytes((qwen3 / "hf" / "tokenizer.json").read_bytes())
-    return out
+    """The checkpoint made/ as a Hugging Face model."""
+    export(open_checkpoint(qwen3 / "made"), tmp_path / "exported", say=lambda _: None)
+    return tmp_path / "exported"
 
 
 def test_our_own_export_comes_back_whole(qwen3: Path, exported: Path, tmp_path: Path) -> None:
     report = convert(exported, tmp_path / "back", "--seed=99")
+    assert str(report).splitlines()[-1] == "vocabulary: 384 rows"
     assert (report.fresh, report.dropped_rows, report.copied_rows) == (0, 0, 384)
     back, first = all_tensors(tmp_path / "back"), all_tensors(qwen3 / "made")
     assert back.keys() == first.keys()
