@@ -4,12 +4,14 @@
     torchrun --nproc_per_node 8 tools/benchmark.py save --config my.yaml
     python tools/benchmark.py loader --config examples/configs/tiny.yaml --data.sequence_length 512
     python tools/benchmark.py index --samples 10000000 --config my.yaml
+    python tools/benchmark.py export --shard_gb 5 --config my.yaml
 
 `step` trains two engines that differ in the options of the variant, one step of each in turn, on the same microbatches. `save`
 writes checkpoints in the foreground and in the background in turn, and tells for how long training waits. `loader` reads the same
 tars in their order by webdataset and in random order by this program, makes whole microbatches of them, and trains on one, in
-turn. `index` opens the index of a data set that is not there, and plans. All other options are those of pretrain_mmar.py. Prints
-one JSON object: medians over the rounds, and the quartiles of ratios.
+turn. `index` opens the index of a data set that is not there, and plans. `export` makes a Hugging Face model of a checkpoint of
+random weights, and a checkpoint of that, and tells what memory this takes. All other options are those of pretrain_mmar.py.
+Prints one JSON object: medians over the rounds, and the quartiles of ratios.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from pathlib import Path
 import torch
 
 from mmar_megatron import parallel, platform
+from mmar_megatron.benchmarks.exporting import measure_export
 from mmar_megatron.benchmarks.indexing import measure_index
 from mmar_megatron.benchmarks.loading import compare_loaders
 from mmar_megatron.benchmarks.training import compare_saves, compare_steps
@@ -61,6 +64,12 @@ def build_parser() -> argparse.ArgumentParser:
     index = kinds.add_parser("index", help="opening the index of many samples, planning, and how the order moves over the shards")
     index.add_argument("--samples", type=int, default=10_000_000, help="in the index (default 10,000,000)")
     index.set_defaults(run=lambda args, options: measure_index(options, samples=args.samples, windows=args.rounds))
+    weights = kinds.add_parser("export", help="memory and time of exporting and importing a checkpoint of random weights")
+    weights.add_argument("--shard_gb", type=float, default=5.0, help="most that a file of weights has (default 5)")
+    weights.add_argument("--directory", type=Path, help="on the storage to be used (default: the system's temporary one)")
+    weights.set_defaults(
+        run=lambda args, options: measure_export(options, shard_gb=args.shard_gb, directory=args.directory), rounds=1
+    )
     for kind, rounds in ((step, 20), (save, 20), (loader, 20), (index, 100)):
         of = "windows that are planned" if kind is index else "of which medians are taken"
         kind.add_argument("--rounds", type=int, default=rounds, help=f"{of} (default {rounds})")

@@ -133,6 +133,9 @@ def _say(line: str) -> None:
 def main(argv: list[str]) -> None:
     """Runs the command; a user's mistake ends in one sentence and exit code 1."""
     args, options = build_parser().parse_known_args(argv)
+    from mmar_megatron import platform  # here, since torch takes seconds
+
+    platform.prepare_for_megatron()
     run: Callable[[argparse.Namespace, list[str]], None] = args.run
     try:
         run(args, options)

@@ -119,6 +119,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, serialized: bytes) -> None:
         self._tokenizer = tokenizers.Tokenizer.from_str(serialized.decode())
+        self._tokenizer.no_truncation()  # some files say that texts be cut, or filled up
+        self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # "<image>" in a caption is text like any other
         self._special_names = {t.content: i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
         # Not get_vocab_size(): where ids have gaps, it is less than the largest id.

@@ -106,6 +106,10 @@ def open_checkpoint(
     hf_config = hugging_face_config(config, tokenizer=loaded, codec=codec)
     reader = CheckpointReader(path)
     prefix = AVERAGE_PREFIX if average else ""
+    there = {key.removeprefix(prefix): spec for key, spec in reader.tensors.items() if _is_of(key, prefix)}
+    if not there:
+        raise ValueError(f"The checkpoint {path} holds no average of the weights: export without --ema.")
+    _check_tensors(path, there, hf_config)
     return Exportable(
         path=path,
         config=config,
@@ -116,7 +120,7 @@ def open_checkpoint(
         prefix=prefix,
         dtype=dtype,
         hf_config=hf_config,
-        links=_checked_links(path, reader, hf_config, prefix=prefix),
+        links=links(tensors_of(hf_config)),
     )
 
 
@@ -168,27 +172,25 @@ def tensors_of(config: MMARConfig) -> dict[str, Tensor]:
     return tensors
 
 
-def _checked_links(path: Path, reader: CheckpointReader, config: MMARConfig, *, prefix: str) -> list[Link]:
-    expected = tensors_of(config)
-    found = links(expected)
-    there = {key.removeprefix(prefix): spec for key, spec in reader.tensors.items() if _is_of(key, prefix)}
-    if not there:
-        raise ValueError(f"The checkpoint {path} holds no average of the weights: export without --ema.")
-    layers: dict[str, int] = {}
-    for link in found:
-        layers[link.ours] = max(layers.get(link.ours, 0), 0 if link.layer is None else link.layer + 1)
-        if link.ours not in there:
-            raise ValueError(f"The checkpoint {path} has no tensor {link.ours}, which its {CONFIG} asks for.")
-        shape = tuple(join(link, expected, heads=heads_of(config)).shape)
-        stored = there[link.ours].shape
-        if (stored if link.layer is None else stored[1:]) != shape:
-            raise ValueError(f"The checkpoint {path} has {link.ours} of shape {stored}, and its {CONFIG} asks for {shape}.")
-    for key, count in layers.items():
-        if count and there[key].shape[0] != count:
-            raise ValueError(f"The checkpoint {path} has {there[key].shape[0]} layers in {key}, its {CONFIG} asks for {count}.")
-    if extra := sorted(there.keys() - layers.keys()):
+def checkpoint_shapes(config: MMARConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of a checkpoint's tensors, by their names there: layers of the backbone are stacked along the first axis."""
+    tensors, heads = tensors_of(config), heads_of(config)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for link in links(tensors):
+        shape = tuple(join(link, tensors, heads=heads).shape)
+        shapes[link.ours] = shape if link.layer is None else (config.num_hidden_layers, *shape)
+    return shapes
+
+
+def _check_tensors(path: Path, there: Mapping[str, TensorSpec], config: MMARConfig) -> None:
+    expected = checkpoint_shapes(config)
+    for key, shape in expected.items():
+        if key not in there:
+            raise ValueError(f"The checkpoint {path} has no tensor {key}, which its {CONFIG} asks for.")
+        if there[key].shape != shape:
+            raise ValueError(f"The checkpoint {path} has {key} of shape {there[key].shape}, and its {CONFIG} asks for {shape}.")
+    if extra := sorted(there.keys() - expected.keys()):
         raise ValueError(f"The checkpoint {path} has the tensor {extra[0]}, which has no place in the model of its {CONFIG}.")
-    return found
 
 
 def _is_of(key: str, prefix: str) -> bool:

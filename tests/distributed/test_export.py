@@ -34,7 +34,7 @@ OTHER_MODEL = [
 ]
 BF16 = ["--precision.dtype", "bf16"]
 ONE: dict[str, list[str]] = {"one": [], "one bf16": BF16, "one other": OTHER_MODEL}
-TWO = {"TP2 SP": [*TP2, *SP], "PP2": PP2, "TP2 other": [*TP2, *OTHER_MODEL], "PP2 bf16": [*PP2, *BF16]}
+TWO = {"TP2 SP": [*TP2, *SP], "PP2": PP2, "TP2 other": [*TP2, *OTHER_MODEL], "TP2 bf16": [*TP2, *SP, *BF16]}
 FP32 = [name for name in (*ONE, *TWO) if "bf16" not in name]
 HALF = [name for name in (*ONE, *TWO) if "bf16" in name]
 

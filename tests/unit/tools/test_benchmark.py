@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mmar_megatron.benchmarks.exporting import measure_export
 from mmar_megatron.benchmarks.indexing import locality, measure_index
 from mmar_megatron.benchmarks.loading import Reading, at_random, in_order
 from mmar_megatron.benchmarks.timing import WARM_UP, in_turn, ratio
@@ -44,6 +45,20 @@ def test_both_kinds(coarse_shapes_dir: Path, tmp_path: Path) -> None:
     found = json.loads(line)
     assert found["bytes"] > 1_000_000
     assert min(found[name] for name in ("foreground_s", "background_s", "verify_s")) > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_pass_through_export_and_import_tensor_by_tensor(tmp_path: Path) -> None:
+    """Of 400 MB in files of 60 MB no process has more than a file and twice the largest tensor, beside its libraries."""
+    sizes = {"num_layers": 28, "hidden_size": 512, "num_attention_heads": 8, "num_query_groups": 2, "ffn_hidden_size": 2048}
+    options = [word for name, size in sizes.items() for word in (f"--model.backbone.{name}", str(size))]
+    found = measure_export([*MODEL, *options], shard_gb=0.06, directory=tmp_path)
+    assert found["parameters"] * 4 > 4e8
+    file, largest_tensor = found["largest_file_gb"], 2 * 2048 * 512 * 4 / 1e9
+    assert 0.05 < file <= 0.06
+    slack = 0.1  # allocators, and pages of what was read last
+    assert found["export_peak_gb"] - found["export_before_gb"] < file + 2 * largest_tensor + slack
+    assert found["import_peak_gb"] - found["import_before_gb"] < 2 * largest_tensor + slack
     assert list(tmp_path.iterdir()) == []
 
 
