@@ -211,15 +211,14 @@ def export(source: Exportable, out: Path, *, shard_bytes: int = 5 * 10**9, say: 
         ValueError: `out` exists.
         OSError: the disk is too full or cannot be written.
     """
-    needed = sum(source.nbytes(link) for link in source.links)
+    needed = sum(source.nbytes(link) for link in source.links) + sum(file.stat().st_size for file in copies_of(source).values())
     with all_or_nothing(out, needed=needed) as partial:
         _write_weights(source, partial, shard_bytes=shard_bytes, say=say)
         for name, text in files_of(source).items():
             (partial / name).write_text(text)
-        if isinstance(source.codec, VAECodec):
-            (partial / VAE).mkdir()
-            for file in (source.codec.path / CONFIG_NAME, source.codec.weights):
-                shutil.copyfile(file, partial / VAE / file.name)
+        for name, file in copies_of(source).items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, partial / name)
 
 
 def files_of(source: Exportable) -> dict[str, str]:
@@ -241,6 +240,13 @@ def files_of(source: Exportable) -> dict[str, str]:
     files["tokenizer_config.json"] = _as_json({**tokenizer_config, "processor_class": "MMARProcessor"})
     files["README.md"] = model_card(source.path, source.config, average=bool(source.prefix))
     return files
+
+
+def copies_of(source: Exportable) -> dict[str, Path]:
+    """All that an export has as it is: name -> where it lies now."""
+    if not isinstance(source.codec, VAECodec):
+        return {}
+    return {f"{VAE}/{file.name}": file for file in (source.codec.path / CONFIG_NAME, source.codec.weights)}
 
 
 def codec_settings(codec: ImageCodec) -> dict[str, Any]:
