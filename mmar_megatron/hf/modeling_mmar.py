@@ -500,6 +500,7 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """Called by `generate` before each pass: images go with the pass that reads their tokens, and with no other."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs.pop("cache_position", None)  # transformers 4 gives it; here it follows from the cache
         read = inputs.get("input_ids")
         if read is not None and (read == self.config.image_token_id).any():
             inputs["image_latents"] = image_latents
