@@ -44,7 +44,7 @@ TRAINING = [
 ]
 CAPTIONS = ["a small red circle", "", "two blue squares"]
 CAPTION_TOKENS = 12
-SAMPLING = {"guidance_scale": 2.5, "rounds": 6, "steps": 4, "seed": 7}
+SAMPLING: dict[str, Any] = {"guidance_scale": 2.5, "rounds": 6, "steps": 4, "seed": 7}
 TEXTS = ["a red circle", " two  spaces", "猫 🐈\n"]
 CHECKS = [check.__name__ for check in clean_export.CHECKS]
 PLAIN, AVERAGE = "plain", "average"
