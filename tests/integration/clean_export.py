@@ -1,9 +1,9 @@
 """What anyone does with an export who has torch and transformers alone; runs where nothing else is installed.
 
-    python clean_export.py DIR GIVEN OUT
+    python clean_export.py DIR SHARDED GIVEN OUT
 
-DIR is the export, GIVEN a file of torch with what the training model makes of given inputs, OUT a directory to be made. Prints
-JSON: the name of each check below, and null or what went wrong.
+DIR is the export, SHARDED another one in bf16, in several files; GIVEN a file of torch with what the training model makes of given
+inputs; OUT a directory to be made. Prints JSON: the name of each check below, and null or what went wrong.
 
 Axes: B sequences, S positions, M images, N tokens of an image, C channels.
 """
@@ -33,8 +33,8 @@ TEXTS = ["what is this? ", "<image>", "<image>a small<image> red circle and "]
 class Export:
     """An export, and what is known of it."""
 
-    def __init__(self, directory: Path, given: dict[str, Any], out: Path) -> None:
-        self.directory, self.given, self.out = directory, given, out
+    def __init__(self, directory: Path, *, sharded: Path, given: dict[str, Any], out: Path) -> None:
+        self.directory, self.sharded, self.given, self.out = directory, sharded, given, out
 
     @cached_property
     def model(self) -> Any:
@@ -145,10 +145,19 @@ def check_another_size_asks_for_pillow(export: Export) -> None:
         raise AssertionError("a picture of another size was taken")
 
 
+def check_shards_in_bf16_are_read_as_such(export: Export) -> None:
+    model = AutoModelForCausalLM.from_pretrained(export.sharded, trust_remote_code=True, dtype="auto")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.generate_images(**export.painting).isfinite().all()
+    inputs = export.processor(TEXTS, images=export.pictures[:3])
+    assert model.generate(**inputs, max_new_tokens=4).shape[1] > inputs["input_ids"].shape[1]
+    assert "image_loss" in model(**export.given["inputs"])
+
+
 def check_what_is_saved_again_is_the_same(export: Export) -> None:
     export.model.save_pretrained(export.out)
     export.processor.save_pretrained(export.out)
-    again = Export(export.out, export.given, export.out)
+    again = Export(export.out, sharded=export.sharded, given=export.given, out=export.out)
     assert AutoModel.from_pretrained(export.out, trust_remote_code=True).config.to_dict().keys() >= {"image", "rotary"}
     state, saved = export.model.state_dict(), again.model.state_dict()
     assert state.keys() == saved.keys()
@@ -188,8 +197,8 @@ def same(got: Tensor, expected: Tensor) -> None:
 
 def main() -> None:
     """All checks, in their order."""
-    directory, given, out = map(Path, sys.argv[1:])
-    export = Export(directory, torch.load(given), out)
+    directory, sharded, given, out = map(Path, sys.argv[1:])
+    export = Export(directory, sharded=sharded, given=torch.load(given), out=out)
     results: dict[str, str | None] = {}
     for check in CHECKS:
         try:

@@ -169,11 +169,12 @@ def outcomes(place: Place, given: dict[str, Any], clean: Path) -> dict[str, str 
     home = place.root / "home"
     home.mkdir()
     torch.save(given, place.root / "given.pt")
-    before = contents(place.export(PLAIN))
+    exports = [place.export(PLAIN), place.export(AVERAGE)]
+    before = [contents(export) for export in exports]
     script = ROOT / "tests/integration/clean_export.py"
-    finished = run_in(clean, script, place.export(PLAIN), place.root / "given.pt", home / "again", home=home)
+    finished = run_in(clean, script, *exports, place.root / "given.pt", home / "again", home=home)
     assert finished.returncode == 0, finished.stderr
-    assert contents(place.export(PLAIN)) == before, "something was written into the export"
+    assert [contents(export) for export in exports] == before, "something was written into an export"
     outcomes: dict[str, str | None] = json.loads(finished.stdout.splitlines()[-1])
     assert list(outcomes) == CHECKS
     return outcomes
