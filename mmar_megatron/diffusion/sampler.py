@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -80,7 +80,8 @@ class Sampler:
         temperature: Scales the fresh noise of `ancestral` (as MAR's does), and the start of `ddim`, which has no other noise.
 
     Raises:
-        ValueError: Schedule and parameterisation do not go together, more steps than timesteps, or a negative temperature.
+        ValueError: Schedule and parameterisation do not go together, an unknown sampler, more steps than timesteps, or a negative
+            temperature.
     """
 
     def __init__(
@@ -93,6 +94,8 @@ class Sampler:
         temperature: float = 1.0,
     ) -> None:
         check_compatible(schedule, parameterization)
+        if kind not in get_args(SamplerKind):
+            raise ValueError(f"Unknown sampler {kind!r}: choose one of {', '.join(get_args(SamplerKind))}.")
         if temperature < 0:
             raise ValueError(
                 f"The temperature is {temperature}: use 0 (no randomness) or more; 1 samples the model's distribution."

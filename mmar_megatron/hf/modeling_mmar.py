@@ -181,14 +181,17 @@ class MMARPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ("cache", "past_key_values")
 
     def _init_weights(self, module: nn.Module) -> None:
-        if all(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()):
-            return
-        super()._init_weights(module)  # normal linears and embeddings, norms of one
-        # Children come first, so that these have the last word on their own.
-        if isinstance(module, DiffusionHead | EmbeddingViT | Projector | PositionEmbedding2D):
-            module.reset_parameters()
+        """Called for each module that has weights which were not loaded; `nn.init` leaves those alone that were."""
+        parts = (
+            part for part in self.modules() if isinstance(part, DiffusionHead | EmbeddingViT | Projector | PositionEmbedding2D)
+        )
+        part = next((part for part in parts if any(inner is module for inner in part.modules())), None)
+        if part is not None:
+            part.reset_parameters()
         elif isinstance(module, MMARModel):
             nn.init.normal_(module.mask_embedding, std=self.config.initializer_range)
+        else:
+            super()._init_weights(module)  # normal linears and embeddings, norms of one
 
 
 class MMARModel(MMARPreTrainedModel):
@@ -519,7 +522,7 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
         **options: Any,
     ) -> tuple[Any, dict[str, Any]]:
         """Beams and several sequences: each row's images are repeated with it, where transformers would repeat image by image."""
-        if image_latents is not None and input_ids is not None:
+        if image_latents is not None and input_ids is not None and expand_size > 1:
             per_row_B = (input_ids == self.config.image_token_id).sum(dim=1) // self.config.num_image_tokens
             rows = image_latents.split(per_row_B.tolist())
             image_latents = torch.cat([row for row in rows for _ in range(expand_size)])
@@ -599,7 +602,7 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
             for b, masked_N in enumerate(masked_BN.cpu().numpy())
         ]
         for number in range(1, rounds + 1):
-            chosen = [plan[number - 1] if number <= len(plan) else plan[0][:0] for plan in plans]
+            chosen = [plan[number - 1] if number <= len(plan) else np.empty(0, dtype=np.int64) for plan in plans]
             counts = [len(places) for places in chosen]
             if any(counts):
                 row_K = torch.arange(num_images).repeat_interleave(torch.tensor(counts)).to(device)
