@@ -2,7 +2,7 @@
 
     python clean_export.py DIR SHARDED GIVEN OUT
 
-DIR is the export, SHARDED another one in bf16, in several files; GIVEN a file of torch with what the training model makes of given
+DIR is the export, SHARDED another one in bf16, in several files; GIVEN a file of torch with what the training model makes of some
 inputs; OUT a directory to be made. Prints JSON: the name of each check below, and null or what went wrong.
 
 Axes: B sequences, S positions, M images, N tokens of an image, C channels.
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
-ABSENT = ("PIL", "diffusers", "einops", "megatron", "mmar_megatron", "sentencepiece", "torchvision", "pytest")
+ABSENT = ("PIL", "accelerate", "diffusers", "einops", "megatron", "mmar_megatron", "sentencepiece", "torchvision", "pytest")
 TEXTS = ["what is this? ", "<image>", "<image>a small<image> red circle and "]
 """Of prompts with no image, one and two, each of another length."""
 
@@ -85,6 +85,8 @@ def check_logits_and_conditions_and_losses_are_those_of_training(export: Export)
     same(output.image_conditions, expected["conditions"])
     same(output.text_loss, expected["text_loss"])
     same(output.image_loss, expected["image_loss"])
+    assert torch.equal(output["loss"], output[0])  # as Trainer and others look for it
+    same(output["loss"], expected["text_loss"] + expected["image_loss"])
 
 
 def check_a_batch_is_continued_as_each_row_alone(export: Export) -> None:
