@@ -74,6 +74,8 @@ def check_text_becomes_the_same_ids(export: Export) -> None:
         for each in (tokenizer, export.processor.tokenizer):
             assert each(text, add_special_tokens=False)["input_ids"] == ids
             assert each.decode(ids, skip_special_tokens=True) == text
+    for text, prompt in export.given["prompts"].items():
+        assert export.processor.to_paint(text)["input_ids"].tolist() == [prompt]
 
 
 def check_logits_and_conditions_and_losses_are_those_of_training(export: Export) -> None:

@@ -46,6 +46,8 @@ CAPTIONS = ["a small red circle", "", "two blue squares"]
 CAPTION_TOKENS = 12
 SAMPLING: dict[str, Any] = {"guidance_scale": 2.5, "rounds": 6, "steps": 4, "seed": 7}
 TEXTS = ["a red circle", " two  spaces", "猫 🐈\n"]
+NAMES_OF_SPECIAL_TOKENS = ["<image> </s>", "a<pad>"]
+"""Which in a caption are text like any other."""
 CHECKS = [check.__name__ for check in clean_export.CHECKS]
 PLAIN, AVERAGE = "plain", "average"
 
@@ -115,6 +117,7 @@ def given(place: Place) -> Iterator[dict[str, Any]]:
         "caption_tokens": CAPTION_TOKENS,
         "read": read,
         "ids_of_texts": {text: source.tokenizer.encode(text) for text in TEXTS},
+        "prompts": {text: _prompt(source, text) for text in (*TEXTS, *NAMES_OF_SPECIAL_TOKENS)},
     }
     parallel.leave()
     os.environ.clear()
@@ -137,6 +140,10 @@ def _forward(engine: NativeEngine, config: Config, source: DataSource) -> dict[s
             "image_loss": torch.tensor(losses["image"]),
         }
     return {"inputs": as_inputs(batch), "expected": expected}
+
+
+def _prompt(source: DataSource, text: str) -> list[int]:
+    return [source.tokenizer.bos_id, *source.tokenizer.encode(text), source.tokenizer.begin_image_id]
 
 
 def as_inputs(batch: Batch) -> dict[str, Tensor]:
