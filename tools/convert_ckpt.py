@@ -1,7 +1,6 @@
 """Converts between models of Hugging Face and checkpoints of this package.
 
-    python tools/convert_ckpt.py from-hf --hf models/Qwen2.5-0.5B --config examples/configs/stage1.yaml --out models/start \\
-        --write-config models/start.yaml
+    python tools/convert_ckpt.py from-hf --hf models/Qwen2.5-0.5B --config mine.yaml --out models/start
 
 makes a checkpoint that `checkpoint.init_from` loads in any layout.
 

@@ -72,6 +72,10 @@ class Tokenizer(ABC):
         return self._decode([i for i in map(int, ids) if i < self.base_vocab_size and i not in self._special_ids])
 
     @abstractmethod
+    def name_of(self, token_id: int) -> str | None:
+        """What the vocabulary calls an id; None where it has none of that number, as of the special tokens that were appended."""
+
+    @abstractmethod
     def _special_id(self, name: str) -> int | None:
         """Id of a special token, if the vocabulary has it as one."""
 
@@ -93,6 +97,10 @@ class SentencePieceTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         """Ids of the text, with no special token around or in it."""
         return self._processor.encode(text)
+
+    def name_of(self, token_id: int) -> str | None:
+        """What the vocabulary calls an id."""
+        return self._processor.id_to_piece(token_id) if token_id < self.base_vocab_size else None
 
     def _special_id(self, name: str) -> int | None:
         token_id = self._processor.piece_to_id(name)
@@ -119,6 +127,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         """Ids of the text, with no special token around or in it."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def name_of(self, token_id: int) -> str | None:
+        """What the vocabulary calls an id."""
+        return self._tokenizer.id_to_token(token_id)
 
     def _special_id(self, name: str) -> int | None:
         return self._special_names.get(name)

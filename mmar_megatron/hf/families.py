@@ -52,11 +52,6 @@ class Pretrained:
     special_ids: dict[str, int] = field(default_factory=dict)
     """Of our own exports: ids of the special tokens, by role."""
 
-    @property
-    def num_layers(self) -> int:
-        """Of the backbone."""
-        return int(self.model["backbone"]["num_layers"])
-
 
 def read_pretrained(hf: Path) -> Pretrained:
     """Reads `config.json` in a directory of Hugging Face.
@@ -71,6 +66,8 @@ def read_pretrained(hf: Path) -> Pretrained:
         raise ValueError(f"{hf} has no config.json: give the directory of a Hugging Face model") from error
     except ValueError as error:
         raise ValueError(f"{file} is no JSON ({error}): copy it again") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is no configuration of a model: copy it again")
     try:
         return pretrained_of(config)
     except ValueError as error:
@@ -159,6 +156,8 @@ def contradictions(config: ModelConfig, pretrained: Pretrained) -> Iterator[tupl
         if (ours := getattr(config.backbone, name)) != value:
             yield f"model.backbone.{name}", ours, value
     yield from _differences("model", config, pretrained.model)
+    if pretrained.family == MMAR and (config.alignment_loss_weight > 0) != (pretrained.model["alignment_features"] > 0):
+        yield "model.alignment_loss_weight", config.alignment_loss_weight, pretrained.also.get("alignment_loss_weight", 0.0)
 
 
 def _differences(prefix: str, ours: Any, theirs: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:

@@ -27,7 +27,7 @@ from mmar_megatron import parallel
 from mmar_megatron.config import CommandLine, Config, ParallelConfig, parse_command_line
 from mmar_megatron.config_checks import OTHER_SPLITS
 from mmar_megatron.data.codec import build_codec
-from mmar_megatron.data.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
+from mmar_megatron.data.tokenizer import SPECIAL_TOKENS, TOKENIZER_NAMES, Tokenizer, load_tokenizer
 from mmar_megatron.hf.families import MMAR, Pretrained, contradictions, model_section, read_pretrained
 from mmar_megatron.hf.names import RULES, Heads, Link, join, split
 from mmar_megatron.hf.storage import TensorSpec, is_stacked, pieces, write_checkpoint
@@ -40,6 +40,7 @@ from mmar_megatron.training.saving import facts_of
 _WORDS, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 _OF_LANGUAGE_MODELS = ("decoder.", _WORDS, _OUTPUT)
 _TIED_OUTPUT, _THEIR_WORDS = "lm_head.weight", "model.embed_tokens.weight"
+_ROWS_AT_ONCE = 4096
 _ONE_PROCESS = {
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
@@ -84,8 +85,10 @@ class ImportReport:
         if self.appended:
             appended = ", ".join(f"{role} = {token_id}" for role, token_id in self.appended.items())
             lines.append(f"special tokens appended, which begin as the mean of all words: {appended}")
-        padding = self.rows - self.copied_rows - len(self.appended)
-        lines.append(f"vocabulary: {self.rows} rows, of which {self.copied_rows} copied and {padding} that only pad")
+        lines.append(f"vocabulary: {self.rows} rows")
+        if self.copied_rows < self.rows:
+            padding = self.rows - self.copied_rows - len(self.appended)
+            lines[-1] += f", of which {self.copied_rows} copied and {padding} that only pad"
         if self.dropped_rows:
             lines[-1] += f"; {self.dropped_rows} that no token had were left out"
         if self.sliding_window is not None:
@@ -100,7 +103,7 @@ def import_model(
     configs: Sequence[str],
     options: Sequence[str] = (),
     write_config: Path | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], object] = print,
 ) -> ImportReport:
     """Convert a Hugging Face model.
 
@@ -121,14 +124,14 @@ def import_model(
             raise ValueError(f"{made} exists: remove it or choose another {option}")
     pretrained = read_pretrained(hf)
     weights = HuggingFaceWeights(hf)
-    section = _section_for(hf, pretrained)
-    command = _parse(configs, options, section=section if write_config else None, tokenizer=hf)
+    written = _section_for(pretrained, tokenizer=str(hf)) if write_config else None
+    command = _parse(configs, options, section=written, tokenizer=hf)
     config = command.config
     _check_configuration(config, pretrained, hf=hf)
     codec = build_codec(config.data.codec)
     geometry = ImageGeometry.of(codec)
     _check_geometry(geometry, pretrained, hf=hf)
-    tokenizer = load_tokenizer(config.data.tokenizer or hf)
+    tokenizer = _tokenizer_of(config, hf=hf)
     rows = padded_vocab_size(config.model, tokenizer.vocab_size)
     _check_vocabulary(tokenizer, pretrained, hf=hf, rows=rows)
 
@@ -147,6 +150,7 @@ def import_model(
         say=say,
     )
     if write_config is not None:
+        section = _section_for(pretrained, tokenizer=config.data.tokenizer)  # an option may have asked for another one
         _write_whole(write_config, f"# What {hf}/config.json makes of the model; goes on top of other configurations.\n{section}")
     return ImportReport(
         loaded=len(source.specs),
@@ -175,8 +179,8 @@ def draw_image_parts(config: Config, *, geometry: ImageGeometry) -> dict[str, Te
 # --- the configuration ----------------------------------------------------------------------------------------------------------
 
 
-def _section_for(hf: Path, pretrained: Pretrained) -> str:
-    values = {"model": model_section(pretrained), "data": {"tokenizer": str(hf)}}
+def _section_for(pretrained: Pretrained, *, tokenizer: str | None) -> str:
+    values = {"model": model_section(pretrained), "data": {"tokenizer": tokenizer}}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
@@ -216,6 +220,20 @@ def _check_geometry(geometry: ImageGeometry, pretrained: Pretrained, *, hf: Path
             "With data.codec an image is {} x {} tokens of {} numbers, ".format(*ours)
             + "but {}/config.json says {} x {} of {}: change data.codec.".format(hf, *theirs)
         )
+
+
+def _tokenizer_of(config: Config, *, hf: Path) -> Tokenizer:
+    """The one that is configured. Raises ValueError where it is another than the model was trained with."""
+    assert config.data.tokenizer is not None
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    theirs = load_tokenizer(hf) if any((hf / name).is_file() for name in TOKENIZER_NAMES) else tokenizer
+    for token_id in range(min(tokenizer.base_vocab_size, theirs.base_vocab_size)):
+        if (ours := tokenizer.name_of(token_id)) != (own := theirs.name_of(token_id)):
+            raise ValueError(
+                f"data.tokenizer {config.data.tokenizer} is not that of {hf}: token {token_id} is {ours!r} in the former and "
+                f"{own!r} in the latter: give {hf}, and prepare the data with it."
+            )
+    return tokenizer
 
 
 def _check_vocabulary(tokenizer: Tokenizer, pretrained: Pretrained, *, hf: Path, rows: int) -> None:
@@ -325,7 +343,7 @@ class _Source:
         backbone = pretrained.model["backbone"]
         self._heads = Heads(num_query_groups=backbone["num_query_groups"], head_dim=backbone["kv_channels"])
         unread = {key: TensorSpec(shape, torch.float32) for key, shape in shapes.items()}
-        self._links = {(key, layer): _link_of(key, layer) for key, layer in pieces(unread)}
+        self._links = {(key, layer): link_of(key, layer) for key, layer in pieces(unread)}
         self._check_names_and_shapes()
         self.specs = {key: TensorSpec(shape, self._dtype_of(key)) for key, shape in shapes.items()}
 
@@ -375,15 +393,18 @@ class _Source:
 
     def _dtype_of(self, key: str) -> torch.dtype:
         """The one type of all that a tensor is made of."""
-        names = [name for (of, _), link in self._links.items() if of == key for name in link.theirs]
-        dtypes = {self._weights.specs[name].dtype: name for name in reversed(names)}
-        if len(dtypes) > 1:
-            (one, first), (other, second) = list(dtypes.items())[:2]
-            raise ValueError(f"{self._hf}: {first} is {one}, but {second} is {other}: save the model in one type.")
-        return next(iter(dtypes))
+        first: dict[torch.dtype, str] = {}
+        for name in (name for (of, _), link in self._links.items() if of == key for name in link.theirs):
+            first.setdefault(self._weights.specs[name].dtype, name)
+        dtype, *others = first
+        if others:
+            raise ValueError(
+                f"{self._hf}: {first[dtype]} is {dtype}, but {first[others[0]]} is {others[0]}: save the model in one type."
+            )
+        return dtype
 
 
-def _link_of(key: str, layer: int | None) -> Link:
+def link_of(key: str, layer: int | None) -> Link:
     """The tensors of Hugging Face that one of the checkpoint consists of: `names.links`, the other way round."""
     for rule in RULES:
         if match := re.fullmatch(re.escape(rule.ours).replace(r"\*", "(.+)"), key):
@@ -403,5 +424,7 @@ def _with_mean_rows(rows_VD: Tensor, *, copied: int, rows: int) -> Tensor:
     rows_VD = rows_VD[:copied]
     resized = rows_VD.new_empty((rows, *rows_VD.shape[1:]))
     resized[:copied] = rows_VD
-    resized[copied:] = rows_VD.mean(dim=0, dtype=torch.float32)
+    # Block by block, for torch would first make all rows fp64.
+    total_D = torch.stack([block_KD.sum(dim=0, dtype=torch.float64) for block_KD in rows_VD.split(_ROWS_AT_ONCE)]).sum(dim=0)
+    resized[copied:] = total_D / copied
     return resized

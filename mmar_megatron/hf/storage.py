@@ -12,6 +12,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -148,7 +149,7 @@ def write_checkpoint(
     *,
     config_yaml: str,
     facts: dict[str, Any],
-    say: Callable[[str], None] = print,
+    say: Callable[[str], object] = print,
 ) -> None:
     """Write a checkpoint of weights that loads in any layout: all of it, or nothing.
 
@@ -169,7 +170,9 @@ def write_checkpoint(
         pace = Pace(pieces=sum(1 for _ in pieces(tensors)), nbytes=needed, say=say)
         files = _write_tensors(partial, tensors, read, pace=pace)
         files += write_small(partial, {COMMON_STATE_FNAME: {}, CONFIG: config_yaml})
-        manifest.write(partial, files={name: manifest.record(partial / name) for name in files}, facts=facts)
+        with ThreadPoolExecutor() as threads:
+            records = threads.map(manifest.record, (partial / name for name in files))
+            manifest.write(partial, files=dict(zip(files, records, strict=True)), facts=facts)
 
 
 @contextmanager
@@ -224,6 +227,7 @@ def _write_tensors(
             stored[key].chunks.append(chunk)
             results.append(files.append(MetadataIndex(key, chunk.offsets), tensor))
             pace.done(tensor.nbytes)
+            del tensor  # else it would stay until the next one is there
     finally:
         files.close()
     FileSystemWriter(directory).finish(Metadata({**stored}), [results])
@@ -269,7 +273,7 @@ class Pace:
         say: is told.
     """
 
-    def __init__(self, *, pieces: int, nbytes: int, say: Callable[[str], None]) -> None:
+    def __init__(self, *, pieces: int, nbytes: int, say: Callable[[str], object]) -> None:
         self._say = say
         self._pieces, self._bytes = pieces, nbytes
         self._pieces_done = self._bytes_done = 0

@@ -98,8 +98,8 @@ def _from_sentencepiece(serialized: bytes) -> tokenizers.Tokenizer:
     """
     model = sentencepiece_model_pb2.ModelProto.FromString(serialized)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    # Of what else there is, tokenizers gives other ids now and then. Its Unigram finds control symbols in text, for one, and its
-    # Precompiled normalizer goes by graphemes, where SentencePiece goes by the longest match.
+    # What else there is gets other ids now and then: with Unigram and with user-defined symbols, transformers' conversion finds
+    # "<s>" in a text as the control symbol; and it normalises by graphemes, where SentencePiece goes by the longest match.
     obstacles = {
         "is not BPE": trainer.model_type != trainer.BPE,
         "has no byte fallback": not trainer.byte_fallback,
@@ -118,13 +118,8 @@ def _from_sentencepiece(serialized: bytes) -> tokenizers.Tokenizer:
     # Merges come from the pieces' scores. `legacy`: text after a special token has the dummy prefix too, as in training, where
     # each text of a document is encoded by itself.
     converted = SpmConverter.build_tokenizer_from_spm_proto(model, vocabulary, legacy=True)
-    converted.add_special_tokens(
-        [
-            tokenizers.AddedToken(piece.piece, special=True, normalized=False)
-            for piece in model.pieces
-            if piece.type == piece.CONTROL
-        ]
-    )
+    controls = [piece.piece for piece in model.pieces if piece.type == piece.CONTROL]
+    converted.add_special_tokens([tokenizers.AddedToken(control, normalized=False) for control in controls])
     return converted
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -127,6 +128,38 @@ def test_what_the_data_lack_is_refused(config: DataConfig, tmp_path: Path) -> No
         DataSource(replace(lacking, horizontal_flip=0.5))
     with pytest.raises(ValueError, match=r"holds no teacher features: set model.alignment_loss_weight to 0"):
         DataSource(lacking, teacher=True)
+
+
+def test_features_of_two_teachers_are_refused(config: DataConfig, tmp_path: Path) -> None:
+    shutil.copytree(config.path, tmp_path / "data")
+    header = tmp_path / "data" / "index.json"
+    header.write_text(header.read_text().replace('"teacher":{"fingerprint":"t"', '"teacher":{"fingerprint":"u"'))
+    sources = {name: SourceConfig(path=path) for name, path in (("one", config.path), ("other", str(tmp_path / "data")))}
+    with pytest.raises(ValueError, match=r"has the teacher's features .*'t'.*, but .*'u'.*: prepare one of them anew"):
+        DataSource(replace(config, sources=sources), teacher=True)
+
+
+def test_each_picture_of_a_talk_has_its_own_latents_and_features(config: DataConfig, tmp_path: Path) -> None:
+    codec, tokenizer = build_codec(config.codec), load_tokenizer(Path(config.path))
+    content = [{"image": 0}, {"image": 1}, {"text": "picture number", "learn": True, "end": True}]
+    number_INC = np.broadcast_to(np.arange(2.0)[:, None, None], (2, codec.num_tokens, codec.channels))
+    moments_I2NC = np.stack([number_INC, np.full_like(number_INC, -20)], axis=1)
+    writer = ShardWriter(tmp_path, samples_per_shard=1)
+    writer.add(
+        "s",
+        split="train",
+        metadata={"content": content},
+        arrays={"moments": moments_I2NC.astype(np.float16), "teacher": number_INC.astype(np.float16)},
+        counts=count_texts({"content": content}, count=lambda text: len(tokenizer.encode(text)), languages=[]),
+    )
+    teacher = {"fingerprint": "t", "features": codec.channels}
+    writer.finish(codec=codec, tokenizer=tokenizer.fingerprint, pictures=False, moments=True, teacher=teacher)
+    talks = replace(config, path=str(tmp_path), tokenizer=config.path)
+    source = DataSource(talks, teacher=True)
+    batch = next(iter(TrainLoader(source, seed=3, timestep_multiplier=1, micro_batch_size=1, global_batch_size=1)))
+    assert batch.teacher_MNF is not None
+    np.testing.assert_allclose(batch.latents_MNC, number_INC, atol=0.01)
+    np.testing.assert_array_equal(batch.teacher_MNF, number_INC)
 
 
 def test_texts_need_no_latents(config: DataConfig, tmp_path: Path) -> None:

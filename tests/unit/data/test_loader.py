@@ -1,15 +1,17 @@
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from mmar_megatron.config import CodecConfig, DataConfig, MaskRatioConfig, TaskConfig
+from mmar_megatron.config import CodecConfig, DataConfig, MaskRatioConfig, SourceConfig, TaskConfig
+from mmar_megatron.data import loader as loader_module
 from mmar_megatron.data.batch import IGNORE, Batch
 from mmar_megatron.data.codec import PatchCodec
 from mmar_megatron.data.held_out import HeldOut, ValidationLoader
@@ -84,10 +86,21 @@ def test_micro_batch_size_does_not_change_a_step(config: DataConfig) -> None:
     assert small == large
 
 
+def test_ranks_take_turns_at_the_microbatches_of_a_step(config: DataConfig) -> None:
+    one = all_rows(islice(train_loader(config), 8))
+    halves = [list(islice(train_loader(config, data_parallel_rank=r, data_parallel_size=2), 4)) for r in range(2)]
+    assert all_rows([batch for both in zip(*halves, strict=True) for batch in both]) == one
+
+
 def test_resumes_from_one_integer(config: DataConfig) -> None:
     uninterrupted = all_rows(islice(train_loader(config), 60))
     resumed = all_rows(islice(train_loader(config, state=StreamState(row=7 * 8)), 60 - 7 * 4))
     assert resumed == uninterrupted[7 * 8 :]
+
+
+def test_the_state_is_that_after_the_step_of_the_batch_at_hand(config: DataConfig) -> None:
+    loader = train_loader(config)
+    assert [loader.state.row for _ in islice(loader, 9)] == [8] * 4 + [16] * 4 + [24]
 
 
 def test_workers_change_nothing_not_even_the_global_random_state(config: DataConfig) -> None:
@@ -115,6 +128,16 @@ def test_all_randomness_is_new_in_each_epoch_and_for_each_seed(config: DataConfi
     assert all(not torch.equal(first[i], second[i]) for i in range(TRAIN))
     other = next(iter(train_loader(only_images, seed=6)))
     assert not torch.equal(other.noise_MNRC[0], first[int(other.sample_ids_BK[0, 0])])
+
+
+def test_the_same_samples_in_two_sources_have_each_their_own_noise(config: DataConfig) -> None:
+    sources = {name: SourceConfig(path=config.path) for name in ("one", "other")}
+    tasks = TaskConfig(text_to_image=1, image_to_text=0)
+    batches = islice(train_loader(replace(config, sources=sources, tasks=tasks)), TRAIN // 2)
+    noise = {int(i): noise for b in batches for i, noise in zip(b.sample_ids_BK[:, 0], b.noise_MNRC, strict=True)}
+    both = [(noise[i], noise[other]) for i in range(TRAIN) if i in noise and (other := i + TRAIN + VALIDATION) in noise]
+    assert both
+    assert all(not torch.equal(one, other) for one, other in both)
 
 
 def test_every_step_has_nearly_the_configured_tasks(config: DataConfig) -> None:
@@ -160,6 +183,8 @@ def test_mask_ratio_follows_the_configuration(config: DataConfig) -> None:
 def test_batch_sizes_must_divide(config: DataConfig) -> None:
     with pytest.raises(ValueError, match="global_batch_size 8 is not a multiple of micro_batch_size 3 x 2"):
         train_loader(config, micro_batch_size=3, data_parallel_size=2)
+    with pytest.raises(ValueError, match="global_batch_size 8 is not a multiple of micro_batch_size 4 x 4"):
+        train_loader(config, micro_batch_size=4, data_parallel_size=4)
 
 
 def test_long_captions_are_cut_and_counted(config: DataConfig) -> None:
@@ -184,6 +209,8 @@ def test_bad_samples_are_counted_and_left_out_alike_at_any_layout(shapes_copy: P
     # Two epochs of 60 samples.
     assert [loader.counts["data"].skipped for loader in loaders[:2]] == [6, 6]
     assert sum(loader.counts["data"].skipped for loader in loaders[2:]) == 6
+    assert [loader.counts["data"].read for loader in loaders] == [120, 120, 60, 60]
+    assert all("shard" in (loader.last_problem or "") for loader in loaders)
 
 
 def test_too_many_bad_images(shapes_copy: Path, config: DataConfig) -> None:
@@ -264,20 +291,22 @@ def test_wrong_condition_changes_the_condition_alone(config: DataConfig) -> None
         assert not torch.equal(right.latents_MNC, wrong.latents_MNC)
 
 
-def write_gray(out: Path, captions: dict[Split, list[str]]) -> DataConfig:
-    """A data set of gray pictures with these captions."""
+def write_gray(
+    out: Path, captions: dict[Split, Sequence[str | dict[str, list[str]]]], *, tokenizer: str | None = None
+) -> DataConfig:
+    """A data set of gray pictures with these captions, in English or by language."""
     records = [
         Record(
             key=f"{split}{number}",
             split=split,
-            captions={"en": [text]},
+            captions=text if isinstance(text, dict) else {"en": [text]},
             image=lambda number=number: np.full((32, 32, 3), number, np.uint8),  # type: ignore[misc]
         )
         for split, texts in captions.items()
         for number, text in enumerate(texts)
     ]
     codec = PatchCodec(image_size=32, patch_size=4)
-    write_dataset(out, records=records, codec=codec, made_by={}, vocab_size=270, log=lambda _: None)
+    write_dataset(out, records=records, codec=codec, made_by={}, tokenizer=tokenizer, vocab_size=270, log=lambda _: None)
     return DataConfig(path=str(out), num_workers=0)
 
 
@@ -325,3 +354,77 @@ def test_validation_announces_what_it_reads(
     assert set(announced) <= set(read)
     assert not wrong_condition or read[:2] == announced[:2]
     assert wrong_condition or read == announced
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_training_announces_each_sample_once_and_so_far_ahead(
+    config: DataConfig, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    microbatches = train_loader(replace(config, read_ahead=3))._microbatches
+    announced: list[int] = []
+    read: list[int] = []
+    of_reader = microbatches.readers[0].read
+
+    def reading(number: int) -> Sample:
+        read.append(number)
+        return of_reader(number)
+
+    monkeypatch.setattr(loader_module, "get_worker_info", lambda: SimpleNamespace(num_workers=workers))
+    monkeypatch.setattr(microbatches.readers[0], "read_ahead", announced.extend)
+    monkeypatch.setattr(microbatches.readers[0], "read", reading)
+    for k in range(0, 10 * workers, workers):
+        microbatches[k]
+        assert announced[: len(read)] == read
+        assert len(announced) == len(read) + 3 * 2
+
+
+def test_windows_that_are_consumed_are_forgotten(config: DataConfig) -> None:
+    loader = train_loader(replace(config, packing_window=8))
+    list(islice(loader, 60))
+    assert len(loader._microbatches.stream._windows) <= 3
+
+
+def test_one_of_the_captions_in_the_configured_languages_is_read(tmp_path: Path) -> None:
+    captions = {"de": ["a", "b b b b"], "en": ["c", "d d"], "fr": ["e", "f f f"]}
+    config = write_gray(tmp_path / "gray", {"train": [captions, "e e"]})
+    loader = train_loader(replace(config, languages=["fr", "en"], caption_dropout=0))
+    read = {loader.source.tokenizer.decode(row.tolist()) for batch in islice(loader, 60) for row in batch.tokens_BS}
+    assert read == {"c", "d d", "e", "f f f", "e e"}
+
+
+def test_a_held_out_sample_without_a_configured_language_is_named(tmp_path: Path) -> None:
+    config = write_gray(tmp_path / "gray", {"train": ["aa", "bb"], "validation": ["cc", {"de": ["dd"]}]})
+    with pytest.raises(ValueError, match=r"sample validation1 has captions in \['de'\], but data.languages is \['en'\]"):
+        DataSource(config)
+
+
+def test_without_training_samples_there_is_no_stream(tmp_path: Path, shapes_dir: Path) -> None:
+    tokenizer = str(shapes_dir / "tokenizer.model")
+    config = replace(write_gray(tmp_path / "held-out", {"validation": ["aa"]}, tokenizer=tokenizer), tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"held-out has no train samples: .* or leave the source out"):
+        DataSource(config).planner(seed=5)
+
+
+def test_the_next_sample_stands_for_a_held_out_one_that_is_damaged(shapes_copy: Path, config: DataConfig) -> None:
+    for number in (3, VALIDATION - 1):
+        damage_image(shapes_copy, split="validation", number=number)
+    held_out = HeldOut(DataSource(replace(config, path=str(shapes_copy))))
+    assert [held_out.read(place).sample_id - TRAIN for place in (2, 3, 4, VALIDATION - 1)] == [2, 4, 4, 0]
+
+
+def test_previewed_captions_are_spread_over_the_split(tmp_path: Path) -> None:
+    held_out = HeldOut(DataSource(write_gray(tmp_path / "gray", {"train": ["aa"], "validation": list("abcdefgh")})))
+    assert held_out.captions(3) == ["a", "c", "f"]
+    assert held_out.captions(100) == list("abcdefgh")
+
+
+def test_held_out_samples_stand_for_all_their_captions_by_turns(tmp_path: Path) -> None:
+    config = write_gray(tmp_path / "gray", {"train": ["aa"], "validation": [{"en": ["a", "b"]}] * 4})
+    batch = next(iter(validation_loader(config)))
+    assert [DataSource(config).tokenizer.decode(tokens) for tokens in batch.tokens_BS.tolist()] == ["b", "a", "b", "a"]
+
+
+def test_the_wrong_condition_comes_from_far_away(tmp_path: Path) -> None:
+    config = write_gray(tmp_path / "gray", {"train": ["aa"], "validation": list("abcdefgh")})
+    batch = next(iter(validation_loader(config, samples=8, micro_batch_size=8, wrong_condition=True)))
+    assert [DataSource(config).tokenizer.decode(tokens) for tokens in batch.tokens_BS.tolist()] == list("efghabcd")

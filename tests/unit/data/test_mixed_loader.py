@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from mmar_megatron.config import DataConfig, SourceConfig, TaskConfig
 from mmar_megatron.data.batch import IGNORE, Batch
 from mmar_megatron.data.codec import PatchCodec
 from mmar_megatron.data.held_out import HeldOut, ValidationLoader
-from mmar_megatron.data.index import Index
+from mmar_megatron.data.index import CONTENT, Index
 from mmar_megatron.data.loader import TrainLoader
 from mmar_megatron.data.prepare import make_shapes
 from mmar_megatron.data.source import DataSource
@@ -150,13 +151,30 @@ def test_pictures_stand_where_their_tokens_are(config: DataConfig) -> None:
     assert masked > 0
 
 
+def test_without_its_text_the_picture_that_is_painted_is_left(config: DataConfig) -> None:
+    talks, tokenizer = config.sources["talks"], config.sources["pictures"].path
+    found = loader(replace(config, sources={"talks": talks}, tokenizer=tokenizer, caption_dropout=1.0))
+    reader, decode = found.source.reader("train"), found.source.codec.decode
+    painted = 0
+    for batch in islice(found, 30):
+        m = 0
+        for b, d, tokens, _ in documents_of(batch):
+            pictures = tokens.count(found.source.tokenizer.begin_image_id)
+            if batch.masked_MN[m : m + pictures].any():
+                assert pictures == 1
+                assert (decode(batch.latents_MNC[m].numpy()) == reader.read(int(batch.sample_ids_BK[b, d])).image(1)).all()
+                painted += 1
+            m += pictures
+    assert painted > 0
+
+
 def test_bad_samples_are_left_out_alike_and_counted_by_source(config: DataConfig, tmp_path: Path, directory: Path) -> None:
     write_talks(tmp_path / "talks", tokenizer=directory / "shapes", codec=CODEC)
     numbers = [1, 5, 9]  # about one picture
     for number in numbers:
         damage_image(tmp_path / "talks", split="train", number=number)
     talks = replace(config.sources["talks"], path=str(tmp_path / "talks"))
-    damaged = replace(config, sources={**config.sources, "talks": talks}, max_bad_fraction=0.2)
+    damaged = replace(config, sources={**config.sources, "talks": talks}, max_bad_fraction=0.02)
     good, one, workers = loader(config), loader(damaged), loader(replace(damaged, num_workers=2))
     halves = [loader(damaged, rank=r, ranks=2) for r in range(2)]
     microbatches = 60 if config.packing else 140
@@ -188,10 +206,32 @@ def test_validation_of_talks_has_their_text_loss(config: DataConfig) -> None:
             HeldOut(source), seed=1, timesteps=2, mask_ratios=[1.0], samples=100, micro_batch_size=4, task="image_to_text"
         )
     )
-    assert len(sample_ids(batches)) == 12
+    assert sample_ids(batches) == [60 + 22 + 90 + number for number in range(12)]
+    samples = [source.reader("validation").read(number) for number in range(12)]
+    pictures = [sample.image(k) for sample in samples for k in range(sum("image" in part for part in sample.content or []))]
+    found = source.codec.decode(torch.cat([batch.latents_MNC for batch in batches]).numpy())
+    np.testing.assert_array_equal(found, pictures)
     assert sum(int(batch.num_labels) for batch in batches) > 0
     with pytest.raises(ValueError, match=r"talks has no pictures with captions: set preview.every to 0"):
         HeldOut(source).captions(2)
+
+
+def test_of_pairs_and_content_in_one_set_the_pairs_validate(config: DataConfig) -> None:
+    source = DataSource(config)
+    index = source.validation_set.index
+    index.kind = index.kind.copy()
+    index.kind[61::3] = CONTENT
+    held_out = HeldOut(source)
+    samples = [held_out.read(place) for place in range(len(held_out))]
+    assert [sample.sample_id for sample in samples] == [60 + number for number in range(22) if number % 3 != 1]
+    assert [held_out.metadata(place) for place in range(len(held_out))] == [sample.metadata for sample in samples]
+
+
+def test_the_plan_has_each_sources_weight_and_tasks(config: DataConfig) -> None:
+    pictures = replace(config.sources["pictures"], tasks=TaskConfig(text_to_image=0.6, image_to_text=0.3, image_only=0.1))
+    sources = DataSource(replace(config, sources={**config.sources, "pictures": pictures})).planner(seed=1).sources
+    assert [(source.name, source.weight) for source in sources] == [("pictures", 2.0), ("talks", 1.0)]
+    assert [source.task_weights for source in sources] == [(0.6, 0.3, 0.1), (0.5, 0.5, 0.0)]
 
 
 def test_sources_that_do_not_go_together_are_refused(config: DataConfig, tmp_path: Path) -> None:

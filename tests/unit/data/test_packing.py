@@ -26,6 +26,16 @@ def test_each_document_is_in_one_row_which_it_fits(
     assert algorithm(lengths_D, sequence_length=512) == rows
 
 
+def test_best_fit_puts_the_longest_first_and_each_where_least_is_left() -> None:
+    assert best_fit(np.array([5, 3, 6, 2]), sequence_length=8) == [[2, 3], [0, 1]]
+
+
+def test_exact_fit_is_left_aside_where_it_takes_more_rows() -> None:
+    lengths_D = np.array([13, 9, 16, 16, 16, 17, 10, 16, 9])
+    assert pack(lengths_D, sequence_length=31) == best_fit(lengths_D, sequence_length=31)
+    assert len(exact_fit(lengths_D, sequence_length=31)) > len(best_fit(lengths_D, sequence_length=31))
+
+
 def test_exact_fit_finds_two_and_three_that_fill_a_row() -> None:
     lengths_D = np.array([4, 4, 4, 3, 3, 3, 3, 3, 3])
     assert [lengths_D[row].tolist() for row in exact_fit(lengths_D, sequence_length=10)] == [[4, 3, 3]] * 3

@@ -176,6 +176,21 @@ def test_content_with_images_before_within_and_after_text(tokenizer: Tokenizer) 
     assert batch.span_ids_BS.flatten()[batch.image_positions_MN].tolist() == [[m] * N for m in range(6)]
 
 
+def test_what_just_fits_is_whole(tokenizer: Tokenizer) -> None:
+    builder = build(tokenizer, sequence_length=N + 4 + len(TEXT))
+    text, ended = Text(TEXT, learn=True, end=False), Text(TEXT, learn=True, end=True)
+    for document, last in (
+        (builder.text_to_image(TEXT, image=image([True] * N), sample_id=0), tokenizer.eos_id),
+        (builder.image_to_text(TEXT, image=image(), sample_id=0), tokenizer.eos_id),
+        (builder.content([image(), ended], sample_id=0), tokenizer.eos_id),
+        (builder.content([ended, image()], sample_id=0), tokenizer.end_image_id),
+        (builder.content([text, image([True] * N)], sample_id=0), tokenizer.end_image_id),
+    ):
+        assert document.tokens_L[-1] == last
+        assert len(document.images) == 1
+        assert not document.truncated
+
+
 @pytest.mark.parametrize(
     ("parts", "tokens", "images"),
     [
@@ -183,8 +198,9 @@ def test_content_with_images_before_within_and_after_text(tokenizer: Tokenizer) 
         (lambda: [Text([5] * 20, learn=True, end=True), image()], [5] * 20, 1),
         (lambda: [Text([5] * 26, learn=True, end=True), image(), Text([6], learn=True, end=True)], [5] * 26, 0),
         (lambda: [Text([5] * 40, learn=False, end=True), image([True] * N)], [5] * (31 - N - 2), 1),
+        (lambda: [Text([5] * 40, learn=False, end=True), image()], [5] * 31, 0),
     ],
-    ids=["text", "fits", "image", "painted"],
+    ids=["text", "fits", "image", "painted", "seen"],
 )
 def test_too_long_content_is_cut(tokenizer: Tokenizer, parts: Callable[[], Any], tokens: list[int], images: int) -> None:
     document = build(tokenizer, sequence_length=32).content(parts(), sample_id=0)

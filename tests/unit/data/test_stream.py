@@ -212,3 +212,74 @@ def test_a_source_that_was_added_begins_at_its_begin() -> None:
     flat = [row[0] for row in stream.rows(0, 64)]
     assert next(plan for plan in flat if plan.source == 1).epoch == 0
     assert stream.after(64).places["texts"] == Counter(plan.source for plan in flat)[1]
+
+
+def test_a_source_that_is_gone_keeps_its_place() -> None:
+    before = Stream(planner(packing=False), StreamState()).after(64)
+    without = Stream(planner(pairs(), packing=False), before).after(64)
+    assert without.places["texts"] == before.places["texts"] > 0
+
+
+def test_a_text_to_be_learned_that_is_cut_has_no_end() -> None:
+    window = planner(pairs(), sequence_length=50, caption_dropout=0).window(0, places={})
+    told, cut = window.task_D == Task.IMAGE_TO_TEXT, window.cut_D == 1
+    assert set(window.length_D[cut & told]) == {49}
+    assert set(window.length_D[cut & ~told]) == {50}
+    np.testing.assert_array_equal(window.labels_D[told], window.length_D[told] - 20 + 1)
+    assert set(window.labels_D[~told]) == {0}
+
+
+def test_pairs_are_painted_or_told() -> None:
+    window = planner(pairs(), caption_dropout=0.3).window(0, places={})
+    np.testing.assert_array_equal(window.painted_D, window.task_D != Task.IMAGE_TO_TEXT)
+
+
+def test_captions_to_be_learned_are_not_dropped() -> None:
+    window = planner(pairs(task_weights=(0.0, 1.0, 0.0)), caption_dropout=1.0).window(0, places={})
+    assert set(window.task_D) == {Task.IMAGE_TO_TEXT}
+
+
+def test_captions_are_dropped_anew_in_each_epoch() -> None:
+    of = planner(pairs(task_weights=(1.0, 0.0, 0.0)), window=70, caption_dropout=0.5)
+    windows = [of.window(70 * epoch, places={"pairs": 70 * epoch}) for epoch in range(2)]
+    first, second = (window.task_D[np.argsort(window.number_D)] for window in windows)
+    assert 10 < (first != second).sum() < 60
+
+
+def test_each_caption_is_drawn_as_often() -> None:
+    size = 4000
+    two_in_two = pairs(
+        size=size,
+        text_start=np.arange(0, 4 * size + 1, 4),
+        text_tokens=np.ones(4 * size, dtype=int),
+        text_group=np.tile([0, 0, 1, 1], size),
+    )
+    window = planner(two_in_two, window=size).window(0, places={})
+    np.testing.assert_allclose(np.bincount(window.text_D, minlength=4) / size, 0.25, atol=0.03)
+
+
+def test_sources_do_not_give_their_tasks_in_step() -> None:
+    window = planner(pairs("one"), pairs("other"), window=128, caption_dropout=0).window(0, places={})
+    one, other = (window.task_D[window.source_D == source][:60].tolist() for source in range(2))
+    assert one != other
+
+
+def test_packed_rows_come_in_another_order_in_each_window() -> None:
+    of = planner(pairs(text_tokens=np.full(1000, 10)), caption_dropout=0)
+    first, second = of.window(0, places={}).rows, of.window(64, places={"pairs": 64}).rows
+    assert sorted(first) == sorted(second)
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [planner(pairs(fingerprint="anew"), texts()), planner(pairs(task_weights=(1.0, 0.0, 0.0)), texts())],
+    ids=["data", "tasks"],
+)
+def test_what_decides_on_rows_is_in_the_fingerprint(changed: Planner) -> None:
+    assert changed.fingerprint != planner().fingerprint
+
+
+@pytest.mark.parametrize("changes", [{"seed": 2}, {"window": 32}, {"shuffle_block": 16}, {"shuffle_pool": 64}], ids=str)
+def test_unpacked_rows_too_are_told_by_the_settings_of_their_order(changes: dict[str, int]) -> None:
+    assert planner(packing=False, **changes).fingerprint != planner(packing=False).fingerprint

@@ -100,3 +100,15 @@ def test_missing_or_broken_file(tmp_path: Path) -> None:
         (tmp_path / name).write_text("nonsense")
         with pytest.raises(ValueError, match=f"{name} is not a .* tokenizer"):
             load_tokenizer(tmp_path / name)
+
+
+def test_ids_have_the_names_of_the_vocabulary(trained: Tokenizer, foreign_file: Path) -> None:
+    foreign = load_tokenizer(foreign_file)
+    assert [trained.name_of(i) for i in (1, 6, 400)] == ["<s>", "<image>", None]
+    assert [foreign.name_of(i) for i in (300, 303, 304)] == ["<|endoftext|>", "<|image_pad|>", None]
+    assert foreign.special_names == {
+        "eos": "<|endoftext|>",
+        "begin_image": "<|vision_start|>",
+        "end_image": "<|vision_end|>",
+        "image": "<|image_pad|>",
+    }

@@ -258,6 +258,7 @@ def test_state_stays_fp32_under_a_bf16_network() -> None:
         ({"steps": 1001}, "use 1 to 1000"),
         ({"temperature": -0.1}, "use 0"),
         ({"schedule": NoiseSchedule("cosine_zero_snr"), "parameterization": Parameterization("eps")}, "which is pure noise"),
+        ({"kind": "euler"}, "Unknown sampler 'euler': choose one of ddim, ancestral"),
     ],
 )
 def test_bad_settings_are_refused(change: dict[str, object], message: str) -> None:

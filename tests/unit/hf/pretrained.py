@@ -22,6 +22,15 @@ SIZES: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 512,
 }
+TOKENS = 304
+"""Ids that `tokenizer_json` has."""
+IMAGES = [
+    *("--model.embedding_vit.num_layers", "1", "--model.embedding_vit.hidden_size", "16"),
+    *("--model.embedding_vit.num_attention_heads", "2"),
+    *("--model.head.depth", "2", "--model.head.width", "24", "--model.head.timestep_multiplier", "2"),
+    *("--data.sequence_length", "64", "--data.codec.image_size", "32", "--data.codec.patch_size", "8"),
+]
+"""Options of a run with tiny image parts."""
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
