@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmar_megatron import platform
-from mmar_megatron.config import Config, parse_command_line
+from mmar_megatron.config import CodecConfig, Config, DataConfig, parse_command_line
 from mmar_megatron.data.codec import ImageCodec, build_codec
 from mmar_megatron.data.source import tokenizer_file
 from mmar_megatron.data.tokenizer import SPECIAL_TOKENS, Tokenizer, find_tokenizer, load_tokenizer
@@ -97,11 +97,9 @@ def open_checkpoint(
     """
     path = checkpoint.resolve(path, say=say)
     config = parse_command_line(["--config", str(path / CONFIG)]).config
-    file = tokenizer_file(config.data) if tokenizer is None else find_tokenizer(tokenizer)
+    file = _tokenizer_file(config.data, tokenizer)
     loaded = load_tokenizer(file)
-    if vae is not None:
-        config.data.codec.path = str(vae)
-    codec = build_codec(config.data.codec)
+    codec = _codec(config.data.codec, vae)
     checkpoint.check_fingerprints(path, {"tokenizer": loaded.fingerprint, "codec": codec.fingerprint})
     hf_config = hugging_face_config(config, tokenizer=loaded, codec=codec)
     reader = CheckpointReader(path)
@@ -118,6 +116,26 @@ def open_checkpoint(
         hf_config=hf_config,
         links=_checked_links(path, reader, hf_config, prefix=prefix),
     )
+
+
+def _tokenizer_file(config: DataConfig, path: str | Path | None) -> Path:
+    if path is not None:
+        return find_tokenizer(path)
+    try:
+        return tokenizer_file(config)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{error}; if it lies elsewhere now, give --tokenizer") from error
+
+
+def _codec(config: CodecConfig, path: str | Path | None) -> ImageCodec:
+    if path is not None and config.kind != "vae":
+        raise ValueError(f"The run's codec is {config.kind}, which has no auto-encoder: leave out --vae.")
+    try:
+        return build_codec(config if path is None else replace(config, path=str(path)))
+    except ValueError as error:
+        if path is not None:
+            raise
+        raise ValueError(f"{error}; if it lies elsewhere now, give --vae") from error
 
 
 def hugging_face_config(config: Config, *, tokenizer: Tokenizer, codec: ImageCodec) -> MMARConfig:
