@@ -20,12 +20,18 @@ STEP = 4
 
 
 def make_checkpoint(run_dir: Path, *options: str, data: Path, average: bool = False) -> Path:
-    """The checkpoint of step `STEP` of a run; its average, where it has one, is the weights plus one."""
+    """The checkpoint of step `STEP` of a run; its average, where it has one, is the weights plus one.
+
+    Weights differ from zero, and those of norms from one, which would hide what they do.
+    """
     line = command(*options, data=data)
     tokenizer, codec = load_tokenizer(data), build_codec(line.config.data.codec)
     config = hugging_face_config(line.config, tokenizer=tokenizer, codec=codec)
     generator = torch.Generator().manual_seed(0)
-    state = {name: torch.randn(tensor.shape, generator=generator) * 0.1 for name, tensor in tensors_of(config).items()}
+    state = {
+        name: torch.randn(tensor.shape, generator=generator) * 0.1 + name.endswith("norm.weight")
+        for name, tensor in tensors_of(config).items()
+    }
     parts: dict[str, list[torch.Tensor]] = {}
     for link in links(state):
         parts.setdefault(link.ours, []).append(join(link, state, heads=heads_of(config)))

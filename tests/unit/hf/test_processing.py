@@ -50,7 +50,7 @@ def exported(root: Path, *options: str, data: Path) -> MMARProcessor:
     """The processor of an export."""
     checkpoint = make_checkpoint(root / "run", *options, data=data)
     export(open_checkpoint(checkpoint), root / "export", say=lambda _: None)
-    return MMARProcessor.from_pretrained(root / "export")
+    return MMARProcessor.from_pretrained(root / "export", trust_remote_code=False)
 
 
 @pytest.fixture(scope="module")
@@ -330,14 +330,14 @@ def test_the_autoencoder_is_saved_with_the_processor(encoders: dict[str, tuple[M
     assert {path.name: path.read_bytes() for path in source.iterdir()} == {
         path.name: path.read_bytes() for path in (tmp_path / "copy" / "vae").iterdir()
     }
-    again = MMARProcessor.from_pretrained(tmp_path / "copy")
+    again = MMARProcessor.from_pretrained(tmp_path / "copy", trust_remote_code=False)
     assert torch.equal(again.to_latents(pictures(1)), processor.to_latents(pictures(1)))
     again.save_pretrained(tmp_path / "copy")  # into its own directory
 
     # One from the Hub has no directory here, but what is loaded.
     again._directory = "someone/model"
     again.save_pretrained(tmp_path / "third")
-    third = MMARProcessor.from_pretrained(tmp_path / "third")
+    third = MMARProcessor.from_pretrained(tmp_path / "third", trust_remote_code=False)
     assert torch.equal(third.to_latents(pictures(1)), processor.to_latents(pictures(1)))
     assert isinstance(AutoencoderKL.from_pretrained(tmp_path / "third" / "vae"), AutoencoderKL)
 
@@ -345,7 +345,7 @@ def test_the_autoencoder_is_saved_with_the_processor(encoders: dict[str, tuple[M
 def test_an_autoencoder_asks_for_diffusers(
     encoders: dict[str, tuple[MMARProcessor, VAECodec]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    processor = MMARProcessor.from_pretrained(str(encoders["sd"][0]._directory))
+    processor = MMARProcessor.from_pretrained(str(encoders["sd"][0]._directory), trust_remote_code=False)
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ImportError, match="images are latents of a diffusers AutoencoderKL: install diffusers"):
         processor.to_latents(pictures(1))
