@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from mmar_megatron.data.source import DataSource
 from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.inference.images import ImageSampling, paint
 from mmar_megatron.inference.text import caption
+from mmar_megatron.parallel import ParallelGroups
 from mmar_megatron.training import checkpoint
 from mmar_megatron.training.building import build_engine, open_source
 from mmar_megatron.training.metrics import read_metrics
@@ -83,7 +83,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     data = make_data(place.root / "shapes")
     # Of initial weights many are zero: after three steps the pictures would hardly depend on the captions.
     start = make_checkpoint(place.root / "start", data=data)
-    places = ["--checkpoint.init_from", start, "--data.path", data, "--run_dir", place.run_dir]
+    places: list[str | Path] = ["--checkpoint.init_from", start, "--data.path", data, "--run_dir", place.run_dir]
     trained = command("pretrain_mmar.py", *MODEL, *TRAINING, *places, cwd=place.root)
     assert trained.returncode == 0, trained.stderr
     exported = command(
@@ -97,11 +97,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 @pytest.fixture(scope="module")
-def given(place: Place) -> Iterator[dict[str, Any]]:
+def given(place: Place) -> dict[str, Any]:
     """What the training model makes of some inputs, with the weights of the checkpoint."""
     before = dict(os.environ)  # which joining a group changes
     config = parse_command_line(["--config", str(place.checkpoint / "config.yaml")]).config
     groups = parallel.initialize(config.parallel)
+    try:
+        return _by_training(place, config, groups)
+    finally:
+        parallel.leave()
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _by_training(place: Place, config: Config, groups: ParallelGroups) -> dict[str, Any]:
     platform.seed_everything(config.seed, tensor_rank=0)
     source = open_source(config)
     engine = build_engine(config, source=source, groups=groups)
@@ -111,8 +120,8 @@ def given(place: Place) -> Iterator[dict[str, Any]]:
     with engine.evaluating():
         painted = paint(engine, CAPTIONS, source=source, groups=groups, sampling=ImageSampling(**SAMPLING))
         read = caption(engine, pictures, source=source, groups=groups, max_tokens=CAPTION_TOKENS)
-    yield {
-        **_forward(engine, config, source),
+    return {
+        **_forward(engine, source),
         "dtype": torch.float32,
         "pictures": torch.from_numpy(np.stack(pictures)),
         "captions": CAPTIONS,
@@ -123,12 +132,9 @@ def given(place: Place) -> Iterator[dict[str, Any]]:
         "ids_of_texts": {text: source.tokenizer.encode(text) for text in TEXTS},
         "prompts": {text: _prompt(source, text) for text in (*TEXTS, *NAMES_OF_SPECIAL_TOKENS)},
     }
-    parallel.leave()
-    os.environ.clear()
-    os.environ.update(before)
 
 
-def _forward(engine: NativeEngine, config: Config, source: DataSource) -> dict[str, Any]:
+def _forward(engine: NativeEngine, source: DataSource) -> dict[str, Any]:
     """A painted and a described image, as the exported model takes them, and what comes of them in training."""
     batch = Documents(source.tokenizer).mixed_batch()
     losses = means(engine.evaluate([batch]))
