@@ -8,7 +8,6 @@ checked before anything is written, and no more is in memory than the largest te
 from __future__ import annotations
 
 import copy
-import re
 import secrets
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ from mmar_megatron.config_checks import OTHER_SPLITS
 from mmar_megatron.data.codec import build_codec
 from mmar_megatron.data.tokenizer import SPECIAL_TOKENS, TOKENIZER_NAMES, Tokenizer, load_tokenizer
 from mmar_megatron.hf.families import MMAR, Pretrained, contradictions, model_section, read_pretrained
-from mmar_megatron.hf.names import RULES, Heads, Link, join, split
+from mmar_megatron.hf.names import Heads, Link, join, link_of, split
 from mmar_megatron.hf.storage import TensorSpec, is_stacked, pieces, write_checkpoint
 from mmar_megatron.hf.weights import HuggingFaceWeights
 from mmar_megatron.model.image_geometry import ImageGeometry
@@ -59,7 +58,7 @@ class ImportReport:
     """What came from where."""
 
     loaded: int
-    """Tensors of the checkpoint that came from the files."""
+    """Tensors of the files."""
     fresh: int
     """Tensors that were drawn."""
     seed: int
@@ -77,7 +76,7 @@ class ImportReport:
     sliding_window: int | None
 
     def __str__(self) -> str:
-        lines = [f"{self.loaded} tensors loaded ({', '.join(self.dtypes)})"]
+        lines = [f"{self.loaded} tensors taken over ({', '.join(self.dtypes)})"]
         if self.fresh:
             lines[0] += f", {self.fresh} of the image parts drawn with seed {self.seed}"
         found = ", ".join(f"{role} {name} = {token_id}" for role, (name, token_id) in self.found.items())
@@ -153,7 +152,7 @@ def import_model(
         section = _section_for(pretrained, tokenizer=config.data.tokenizer)  # an option may have asked for another one
         _write_whole(write_config, f"# What {hf}/config.json makes of the model; goes on top of other configurations.\n{section}")
     return ImportReport(
-        loaded=len(source.specs),
+        loaded=source.count,
         fresh=len(fresh),
         seed=config.seed,
         dtypes=tuple(sorted({str(spec.dtype).removeprefix("torch.") for spec in source.specs.values()})),
@@ -191,7 +190,11 @@ def _parse(configs: Sequence[str], options: Sequence[str], *, section: str | Non
         file.flush()
         files = [*configs, file.name] if section else configs
         arguments = [argument for config in files for argument in ("--config", config)] + [*options]
-        command = parse_command_line(arguments)
+        try:
+            command = parse_command_line(arguments)
+        except ValueError as error:
+            hint = "" if section else " --write-config FILE writes what the model must be."
+            raise ValueError(f"{error}{hint}") from error
         if command.config.data.tokenizer is None:
             command = parse_command_line([*arguments, "--data.tokenizer", str(tokenizer)])
     return command
@@ -344,6 +347,7 @@ class _Source:
         self._heads = Heads(num_query_groups=backbone["num_query_groups"], head_dim=backbone["kv_channels"])
         unread = {key: TensorSpec(shape, torch.float32) for key, shape in shapes.items()}
         self._links = {(key, layer): link_of(key, layer) for key, layer in pieces(unread)}
+        self.count = sum(len(link.theirs) for link in self._links.values())
         self._check_names_and_shapes()
         self.specs = {key: TensorSpec(shape, self._dtype_of(key)) for key, shape in shapes.items()}
 
@@ -402,17 +406,6 @@ class _Source:
                 f"{self._hf}: {first[dtype]} is {dtype}, but {first[others[0]]} is {others[0]}: save the model in one type."
             )
         return dtype
-
-
-def link_of(key: str, layer: int | None) -> Link:
-    """The tensors of Hugging Face that one of the checkpoint consists of: `names.links`, the other way round."""
-    for rule in RULES:
-        if match := re.fullmatch(re.escape(rule.ours).replace(r"\*", "(.+)"), key):
-            rest = "".join(match.groups())
-            return Link(
-                key, layer, tuple(name.replace("*", rest).replace("{layer}", str(layer)) for name in rule.theirs), rule.layout
-            )
-    raise ValueError(f"The model of this configuration has {key}, which Hugging Face's has not: leave out what adds it.")
 
 
 def _with_mean_rows(rows_VD: Tensor, *, copied: int, rows: int) -> Tensor:

@@ -19,8 +19,8 @@ from mmar_megatron.data.codec import build_codec
 from mmar_megatron.data.shapes import draw_scenes
 from mmar_megatron.data.tokenizer import load_tokenizer, train_sentencepiece
 from mmar_megatron.hf.exporting import export, open_checkpoint
-from mmar_megatron.hf.importing import ImportReport, draw_image_parts, import_model, link_of
-from mmar_megatron.hf.names import Heads, split
+from mmar_megatron.hf.importing import ImportReport, draw_image_parts, import_model
+from mmar_megatron.hf.names import Heads, link_of, split
 from mmar_megatron.hf.storage import CheckpointReader, pieces
 from mmar_megatron.hf.weights import HuggingFaceWeights
 from mmar_megatron.model.image_geometry import ImageGeometry
@@ -93,7 +93,7 @@ def test_report_and_what_is_kept_with_it(tmp_path: Path) -> None:
     report = convert(tmp_path / "hf", tmp_path / "made", say=lines.append)
     assert lines[-1].startswith("84 of 84 tensors, ")
     assert str(report).splitlines() == [
-        "9 tensors loaded (float32), 57 of the image parts drawn with seed 1234",
+        "39 tensors taken over (float32), 57 of the image parts drawn with seed 1234",
         "special tokens in the vocabulary: eos <|endoftext|> = 300, begin_image <|vision_start|> = 301, "
         "end_image <|vision_end|> = 302, image <|image_pad|> = 303",
         "special tokens appended, which begin as the mean of all words: bos = 304, pad = 305",
@@ -144,7 +144,7 @@ def test_what_old_versions_saved_besides_is_ignored(tmp_path: Path) -> None:
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     save_file(weights, file)
-    assert convert(tmp_path / "hf", tmp_path / "made").loaded == 8
+    assert convert(tmp_path / "hf", tmp_path / "made").loaded == 38
 
 
 # --- what is drawn --------------------------------------------------------------------------------------------------------------
