@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from mmar_megatron import platform
 from mmar_megatron.config import Config
 from mmar_megatron.training import manifest
+from mmar_megatron.training.metrics import read_metrics
 
 _USAGE = """```python
 import torch
@@ -86,12 +86,13 @@ def model_card(checkpoint: Path, config: Config, *, average: bool) -> str:
     ]
     metrics = _last_metrics(checkpoint, step=step)
     losses = [(title, f"{metrics[name]:.4f}") for name, title in _SHOWN.items() if isinstance(metrics.get(name), float)]
+    of_weights = ", of the weights before averaging" if average else ""
     needs = "torch, transformers" + (", diffusers" if codec.kind == "vae" else "")
     parts = [
         f"{_FRONT}\n# MMAR model\n\nOne decoder that reads and writes text, and reads and paints images as continuous tokens; "
         f"trained with MMAR-Megatron {platform.versions()['mmar_megatron']}.",
         f"## The run\n\n{_table(rows)}",
-        f"## Losses at step {step:,}\n\n{_table(losses)}" if losses else "",
+        f"## Losses at step {step:,}{of_weights}\n\n{_table(losses)}" if losses else "",
         f"## Use\n\nNeeds {needs}. The code ships with the weights, so that `trust_remote_code=True` is asked for; `DIR` is this "
         f"directory.\n\n{_USAGE}",
         "## Limits\n\nNot evaluated for safety or bias. It knows what its training data held, and no more.",
@@ -105,12 +106,10 @@ def _table(rows: list[tuple[str, str]]) -> str:
 
 def _last_metrics(checkpoint: Path, *, step: int) -> dict[str, Any]:
     """The newest value of each metric up to a step; none where the checkpoint does not lie in a run's directory."""
-    file = checkpoint.parent.parent / "metrics.jsonl"
-    if checkpoint.parent.name != "checkpoints" or not file.is_file():
+    if checkpoint.parent.name != "checkpoints":
         return {}
     values: dict[str, Any] = {}
-    for line in file.read_text().splitlines():
-        logged = json.loads(line)
+    for logged in read_metrics(checkpoint.parent.parent):
         if logged["step"] <= step:
             values |= {name: value for name, value in logged.items() if value is not None}
     return values

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmar_megatron import platform
-from mmar_megatron.config import Config, parse_command_line
+from mmar_megatron.config import CodecConfig, Config, DataConfig, parse_command_line
 from mmar_megatron.data.codec import ImageCodec, build_codec
 from mmar_megatron.data.source import tokenizer_file
 from mmar_megatron.data.tokenizer import SPECIAL_TOKENS, Tokenizer, find_tokenizer, load_tokenizer
@@ -97,11 +97,9 @@ def open_checkpoint(
     """
     path = checkpoint.resolve(path, say=say)
     config = parse_command_line(["--config", str(path / CONFIG)]).config
-    file = tokenizer_file(config.data) if tokenizer is None else find_tokenizer(tokenizer)
+    file = _tokenizer_file(config.data, tokenizer)
     loaded = load_tokenizer(file)
-    if vae is not None:
-        config.data.codec.path = str(vae)
-    codec = build_codec(config.data.codec)
+    codec = _codec(config.data.codec, vae)
     checkpoint.check_fingerprints(path, {"tokenizer": loaded.fingerprint, "codec": codec.fingerprint})
     hf_config = hugging_face_config(config, tokenizer=loaded, codec=codec)
     reader = CheckpointReader(path)
@@ -122,6 +120,26 @@ def open_checkpoint(
         hf_config=hf_config,
         links=links(tensors_of(hf_config)),
     )
+
+
+def _tokenizer_file(config: DataConfig, path: str | Path | None) -> Path:
+    if path is not None:
+        return find_tokenizer(path)
+    try:
+        return tokenizer_file(config)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{error}; if it lies elsewhere now, give --tokenizer") from error
+
+
+def _codec(config: CodecConfig, path: str | Path | None) -> ImageCodec:
+    if path is not None and config.kind != "vae":
+        raise ValueError(f"The run's codec is {config.kind}, which has no auto-encoder: leave out --vae.")
+    try:
+        return build_codec(config if path is None else replace(config, path=str(path)))
+    except ValueError as error:
+        if path is not None:
+            raise
+        raise ValueError(f"{error}; if it lies elsewhere now, give --vae") from error
 
 
 def hugging_face_config(config: Config, *, tokenizer: Tokenizer, codec: ImageCodec) -> MMARConfig:
@@ -213,15 +231,14 @@ def export(source: Exportable, out: Path, *, shard_bytes: int = 5 * 10**9, say: 
         ValueError: `out` exists.
         OSError: the disk is too full or cannot be written.
     """
-    needed = sum(source.nbytes(link) for link in source.links)
+    needed = sum(source.nbytes(link) for link in source.links) + sum(file.stat().st_size for file in copies_of(source).values())
     with all_or_nothing(out, needed=needed) as partial:
         _write_weights(source, partial, shard_bytes=shard_bytes, say=say)
         for name, text in files_of(source).items():
             (partial / name).write_text(text)
-        if isinstance(source.codec, VAECodec):
-            (partial / VAE).mkdir()
-            for file in (source.codec.path / CONFIG_NAME, source.codec.weights):
-                shutil.copyfile(file, partial / VAE / file.name)
+        for name, file in copies_of(source).items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, partial / name)
 
 
 def files_of(source: Exportable) -> dict[str, str]:
@@ -243,6 +260,13 @@ def files_of(source: Exportable) -> dict[str, str]:
     files["tokenizer_config.json"] = _as_json({**tokenizer_config, "processor_class": "MMARProcessor"})
     files["README.md"] = model_card(source.path, source.config, average=bool(source.prefix))
     return files
+
+
+def copies_of(source: Exportable) -> dict[str, Path]:
+    """All that an export has as it is: name -> where it lies now."""
+    if not isinstance(source.codec, VAECodec):
+        return {}
+    return {f"{VAE}/{file.name}": file for file in (source.codec.path / CONFIG_NAME, source.codec.weights)}
 
 
 def codec_settings(codec: ImageCodec) -> dict[str, Any]:

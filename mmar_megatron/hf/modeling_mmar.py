@@ -410,11 +410,7 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
 
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
         logits = self.lm_head(h_BSD[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else kept])
-        output = MMAROutput(logits=logits, **{CACHE_NAME: cache})
-        if output_hidden_states:
-            output.last_hidden_state = h_BSD
-        self._add_losses(
-            output,
+        losses = self._losses(
             h_BSD[spans_BS >= 0],
             h_BSD,
             latents_MNC=image_latents,
@@ -423,6 +419,10 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
             noise_MNRC=noise,
             teacher_MNF=teacher_features,
             labels_BS=labels,
+        )
+        # All at once: to transformers 4 a field that is filled in later is none.
+        output = MMAROutput(
+            logits=logits, last_hidden_state=h_BSD if output_hidden_states else None, **losses, **{CACHE_NAME: cache}
         )
         return output.to_tuple() if return_dict is False else output
 
@@ -436,9 +436,8 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
             )
         return attention_mask.bool()
 
-    def _add_losses(
+    def _losses(
         self,
-        output: MMAROutput,
         h_ID: Tensor,
         h_BSD: Tensor,
         *,
@@ -448,30 +447,30 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
         noise_MNRC: Tensor | None,
         teacher_MNF: Tensor | None,
         labels_BS: Tensor | None,
-    ) -> None:
-        """Fill in the losses that there is something for; I image tokens, all images' behind each other."""
-        config, terms = self.config, []
+    ) -> dict[str, Tensor]:
+        """The losses that there is something for, and their sum; I image tokens, all images' behind each other."""
+        config = self.config
+        found: dict[str, Tensor] = {}
+        terms = []
         if labels_BS is not None:
             learned_BS = labels_BS[:, 1:] != IGNORE
             logits_LV = self.lm_head(h_BSD[:, :-1][learned_BS])
             total = F.cross_entropy(logits_LV.float(), labels_BS[:, 1:][learned_BS], reduction="sum")
-            output.text_loss = total / learned_BS.sum().clamp(min=1)
-            terms.append(config.text_loss_weight * output.text_loss)
+            found["text_loss"] = total / learned_BS.sum().clamp(min=1)
+            terms.append(config.text_loss_weight * found["text_loss"])
         if masked_MN is not None and latents_MNC is not None:
             masked_I = masked_MN.flatten()
-            output.image_conditions = self.post_projector(h_ID[masked_I])
-            output.image_loss = self._image_loss(
-                output.image_conditions, latents_MNC.flatten(0, 1)[masked_I], masked_I, timesteps_MNR, noise_MNRC
-            )
-            terms.append(config.image_loss_weight * output.image_loss)
+            z_KZ = found["image_conditions"] = self.post_projector(h_ID[masked_I])
+            x_KC = latents_MNC.flatten(0, 1)[masked_I]
+            found["image_loss"] = self._image_loss(z_KZ, x_KC, masked_I, timesteps_MNR, noise_MNRC)
+            terms.append(config.image_loss_weight * found["image_loss"])
         if teacher_MNF is not None:
             visible_I = torch.ones(len(h_ID), dtype=torch.bool, device=h_ID.device) if masked_MN is None else ~masked_MN.flatten()
             projected_KF = self.alignment_projector(h_ID[visible_I]).float()
             cosine_K = F.cosine_similarity(projected_KF, teacher_MNF.flatten(0, 1)[visible_I], dim=-1)
-            output.alignment_loss = (1 - cosine_K).sum() / visible_I.sum().clamp(min=1)
-            terms.append(config.alignment_loss_weight * output.alignment_loss)
-        if terms:
-            output.loss = torch.stack(terms).sum()
+            found["alignment_loss"] = (1 - cosine_K).sum() / visible_I.sum().clamp(min=1)
+            terms.append(config.alignment_loss_weight * found["alignment_loss"])
+        return found | ({"loss": torch.stack(terms).sum()} if terms else {})
 
     def _image_loss(
         self, z_KZ: Tensor, x_KC: Tensor, masked_I: Tensor, timesteps_MNR: Tensor | None, noise_MNRC: Tensor | None
@@ -503,6 +502,7 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """Called by `generate` before each pass: images go with the pass that reads their tokens, and with no other."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs.pop("cache_position", None)  # transformers 4 gives it; here it follows from the cache
         read = inputs.get("input_ids")
         if read is not None and (read == self.config.image_token_id).any():
             inputs["image_latents"] = image_latents

@@ -9,7 +9,9 @@ Axes: B sequences, S positions; M images, N tokens of an image, C channels of a 
 from __future__ import annotations
 
 import importlib
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,6 +27,8 @@ IGNORE = -100
 """Label of a position that is not learned."""
 QUESTION = "USER: {}\nASSISTANT: "
 """How a conversation's questions stand in training; answers stand as they are, and end in eos."""
+VAE = "vae"
+"""Where the auto-encoder lies, beside the processor."""
 
 
 class MMARProcessor(ProcessorMixin):
@@ -62,6 +66,17 @@ class MMARProcessor(ProcessorMixin):
         processor._directory = str(pretrained_model_name_or_path)  # where a vae lies
         return processor
 
+    def save_pretrained(self, save_directory: Any, **options: Any) -> Any:
+        """See transformers; a vae goes with it."""
+        saved = super().save_pretrained(save_directory, **options)
+        if self.codec["kind"] == "vae":
+            source, target = Path(self._directory or "", VAE), Path(save_directory, VAE)
+            if not source.is_dir():
+                self._vae().save_pretrained(target)
+            elif source.resolve() != target.resolve():
+                shutil.copytree(source, target, dirs_exist_ok=True)
+        return saved
+
     def to_dict(self, **options: Any) -> dict[str, Any]:
         """See transformers."""
         return {name: value for name, value in super().to_dict(**options).items() if not name.startswith("_")}
@@ -85,7 +100,7 @@ class MMARProcessor(ProcessorMixin):
 
         Args:
             text: one or several, in which each `<image>` stands for the next of the images.
-            images: all of them, in their order; or None.
+            images: all of them, in their order, also as an array [M, H, W, 3]; or None.
             answers: for each text; they follow it with eos, and are what is learned.
             return_tensors: "pt".
 
@@ -116,20 +131,26 @@ class MMARProcessor(ProcessorMixin):
         """Conversations, as `__call__` gives prompts; where the last turn is an answer, all answers have labels.
 
         Args:
-            conversations: turns {"role": "user" or "assistant", "content": text}; `<image>` in a question stands for an image.
-            images: all of them, in their order; or None.
+            conversations: turns {"role": "user" or "assistant", "content": text}, a "system" may come first; `<image>` in a
+                question stands for an image.
+            images: all of them, in their order, also as an array [M, H, W, 3]; or None.
             return_tensors: "pt".
+
+        Raises:
+            ValueError: as `__call__`; turns are not by user and assistant in turn.
         """
         rows, labels = [], []
         for turns in conversations:
+            _check_roles([turn["role"] for turn in turns])
             row, learned = [self.special_tokens["bos"]], [IGNORE]
             for turn in turns:
-                if turn["role"] == "assistant":
-                    ids = [*self._encode(turn["content"]), self.special_tokens["eos"]]
-                    learned += ids
-                else:
+                if turn["role"] == "system":
+                    ids = self._encode(f"{turn['content']}\n")
+                elif turn["role"] == "user":
                     ids = self._with_images(QUESTION.format(turn["content"]))[1:]
-                    learned += [IGNORE] * len(ids)
+                else:
+                    ids = [*self._encode(turn["content"]), self.special_tokens["eos"]]
+                learned += ids if turn["role"] == "assistant" else [IGNORE] * len(ids)
                 row += ids
             rows.append(row)
             labels.append(learned)
@@ -193,8 +214,11 @@ class MMARProcessor(ProcessorMixin):
     def _batch(self, rows: list[list[int]], *, labels: list[list[int]] | None, images: Any, return_tensors: str) -> BatchFeature:
         if return_tensors != "pt":
             raise ValueError(f"return_tensors is {return_tensors!r}: only 'pt' is there")
+        if not rows:
+            raise ValueError("there is no text: give at least one")
         longest = max(map(len, rows))
-        pictures = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
+        several = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
+        pictures = [] if images is None else list(images) if several else [images]
         places = sum(row.count(self.special_tokens["image"]) for row in rows) // max(self._num_tokens, 1)
         if places != len(pictures):
             raise ValueError(f"the texts have {places} times <image>, but there are {len(pictures)} images: give as many")
@@ -270,17 +294,30 @@ class MMARProcessor(ProcessorMixin):
                     f"a picture is {pixels.shape[1]} x {pixels.shape[0]}, the model's are {size} x {size}: install pillow, with "
                     "which it is resized"
                 ) from error
-        return fit(on_white(image), image_size=size)
+        if not hasattr(image, "convert"):
+            raise ValueError(f"a picture is a {type(image).__name__}: give PIL images, or arrays uint8 [H, W, 3]")
+        upright = importlib.import_module("PIL.ImageOps").exif_transpose(image)
+        return fit(on_white(upright), image_size=size)
 
     def _per_channel(self, name: str) -> NDArray[np.float32]:
         return np.asarray(self.codec[name], dtype=np.float32)
 
     def _vae(self) -> Any:
         if self._autoencoder is None:
+            if self._directory is None:
+                raise ValueError("the auto-encoder lies beside the processor: load that with from_pretrained")
             try:
                 diffusers = importlib.import_module("diffusers")
             except ImportError as error:
                 raise ImportError("this model's images are latents of a diffusers AutoencoderKL: install diffusers") from error
-            model = diffusers.AutoencoderKL.from_pretrained(self._directory, subfolder="vae", torch_dtype=torch.float32)
+            model = diffusers.AutoencoderKL.from_pretrained(
+                self._directory, subfolder=VAE, torch_dtype=torch.float32, low_cpu_mem_usage=False
+            )
             self._autoencoder = model.eval().requires_grad_(False)
         return self._autoencoder
+
+
+def _check_roles(roles: list[str]) -> None:
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if not turns or turns != (["user", "assistant"] * len(turns))[: len(turns)]:
+        raise ValueError(f"the turns of a conversation are by {', '.join(roles) or 'nobody'}: user and assistant must take turns")

@@ -28,4 +28,9 @@ _IMPORT = re.compile(r"^from mmar_megatron\.(?:\w+\.)*(\w+) import ", flags=re.M
 
 def shipped_code() -> dict[str, str]:
     """The files of an export: name -> source, in which imports of each other are relative, as transformers asks for."""
-    return {Path(name).name: _IMPORT.sub(r"from .\1 import ", (PACKAGE / name).read_text()) for name in SHIPPED}
+    return {Path(name).name: rewritten((PACKAGE / name).read_text()) for name in SHIPPED}
+
+
+def rewritten(source: str) -> str:
+    """With imports from this package as of files in the same directory."""
+    return _IMPORT.sub(r"from .\1 import ", source)

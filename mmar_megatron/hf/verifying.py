@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmar_megatron.hf.exporting import Exportable, files_of
+from mmar_megatron.hf.exporting import Exportable, copies_of, files_of
 from mmar_megatron.hf.storage import Pace
 from mmar_megatron.hf.weights import HuggingFaceWeights
 
@@ -76,7 +77,10 @@ def compare(source: Exportable, directory: Path, *, say: Callable[[str], None] =
         pace.done(source.nbytes(link))
     found.extra = sorted(unseen)
     for name, text in files_of(source).items():
-        if name not in _MAY_DIFFER and not _is(directory / name, text):
+        if not (directory / name).is_file() or (name not in _MAY_DIFFER and not _is(directory / name, text)):
+            found.files.append(name)
+    for name, file in copies_of(source).items():
+        if not (directory / name).is_file() or not filecmp.cmp(file, directory / name, shallow=False):
             found.files.append(name)
     return found
 
@@ -91,8 +95,6 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
 
 def _is(file: Path, text: str) -> bool:
     """Whether a file holds this; of JSON, what transformers writes beside it does not count."""
-    if not file.is_file():
-        return False
     found = file.read_text()
     if file.suffix != ".json":
         return found == text
