@@ -114,7 +114,7 @@ REFUSED = {
     "wider layers": Case(
         run="tied",
         change=lambda run: configure(run, model__backbone__ffn_hidden_size=80),
-        message="has decoder.layers.mlp.linear_fc1.weight of shape (4, 128, 32), and its config.yaml asks for (160, 32).",
+        message="has decoder.layers.mlp.linear_fc1.weight of shape (4, 128, 32), and its config.yaml asks for (4, 160, 32).",
     ),
     "wider head": Case(
         run="tied",
@@ -124,12 +124,12 @@ REFUSED = {
     "more layers": Case(
         run="tied",
         change=lambda run: configure(run, model__backbone__num_layers=6),
-        message="has 4 layers in decoder.layers. ... its config.yaml asks for 6.",
+        message="has decoder.layers. ... of shape (4, 32), and its config.yaml asks for (6, 32).",
     ),
     "fewer layers": Case(
         run="tied",
         change=lambda run: configure(run, model__backbone__num_layers=2),
-        message="has 4 layers in decoder.layers. ... its config.yaml asks for 2.",
+        message="has decoder.layers. ... of shape (4, 32), and its config.yaml asks for (2, 32).",
     ),
     "untied by its configuration": Case(
         run="tied",
