@@ -69,7 +69,7 @@ class MMARProcessor(ProcessorMixin):
     def save_pretrained(self, save_directory: Any, **options: Any) -> Any:
         """See transformers; a vae goes with it."""
         saved = super().save_pretrained(save_directory, **options)
-        if self.codec["kind"] == "vae":
+        if self.codec.get("kind") == "vae":
             source, target = Path(self._directory or "", VAE), Path(save_directory, VAE)
             if not source.is_dir():
                 self._vae().save_pretrained(target)
