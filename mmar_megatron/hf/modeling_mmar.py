@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -392,8 +392,6 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
             raise ValueError("attention_mask must be [B, T]: masks of more dimensions (a static cache makes one) lose the images")
         cache = past_key_values if cache is None else cache
         if cache is None and use_cache and not self.training:
-            from transformers import DynamicCache
-
             cache = DynamicCache()
         if input_ids is None:
             if inputs_embeds is None or image_latents is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import DynamicCache, Trainer, TrainingArguments
 
 from mmar_megatron.hf.modeling_mmar import MMARForCausalLM, mixed_attention_bias, plan_rounds, span_ids
 from tests.unit.hf.tiny import BEGIN, BOS, EOS, IMAGE, ONE_IMAGE, C, N, latents, padded, tiny_config, tiny_model
@@ -161,8 +161,6 @@ def test_beams_and_several_sequences_keep_their_images(model: MMARForCausalLM, b
 
 
 def test_a_conversation_goes_on_from_its_cache(model: MMARForCausalLM) -> None:
-    from transformers import DynamicCache
-
     cache = DynamicCache()
     first = model.generate(**alone(0), max_new_tokens=3, do_sample=False, cache=cache)
     longer = torch.cat((first, torch.tensor([[60, *ONE_IMAGE, 61]])), dim=1)
