@@ -546,7 +546,7 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
         temperature: float = 1.0,
         seed: int = 0,
         first_number: int = 0,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Callable[[int, int, Tensor], None] | None = None,
     ) -> Tensor:
         """Paint one image for each prompt (MAR, arXiv 2406.11838, section 4).
 
@@ -567,7 +567,7 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
             temperature: scales the noise.
             seed: of order and noise.
             first_number: number of the first image, where a longer list is painted in parts.
-            progress: called after each round with its number, from 1, and the number of rounds.
+            progress: called after each round with its number, from 1, the number of rounds, and the latents [B, N, C] so far.
 
         Returns:
             Latents, fp32 [B, N, C]; `processor.to_pictures` makes pictures of them.
@@ -620,7 +620,7 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
                 latents_BNC[row_K, place_K] = drawn_KC
                 masked_BN[row_K, place_K] = False
             if progress is not None:
-                progress(number, rounds)
+                progress(number, rounds, latents_BNC)
         return latents_BNC
 
     def _start(

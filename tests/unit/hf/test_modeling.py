@@ -210,14 +210,22 @@ def test_inpainting_draws_what_was_asked_for_alone(model: MMARForCausalLM) -> No
     redraw = torch.zeros(3, N, dtype=torch.bool)
     redraw[0, :3] = redraw[1, 4] = True  # and nothing of the third
     before = start.clone()
-    reports: list[tuple[int, int]] = []
+    reports: list[tuple[int, int, int]] = []
     drawn = model.generate_images(
-        **prompts, start_latents=start, redraw=redraw, rounds=4, steps=3, progress=lambda *report: reports.append(report)
+        **prompts,
+        start_latents=start,
+        redraw=redraw,
+        rounds=4,
+        steps=3,
+        progress=lambda number, of, latents: reports.append((number, of, int((latents != start).any(dim=-1).sum()))),
     )
     assert torch.equal(start, before)
     assert torch.equal(drawn[~redraw], start[~redraw])
     assert (drawn[redraw] != start[redraw]).all()
-    assert reports == [(number, 4) for number in range(1, 5)]
+    assert [report[:2] for report in reports] == [(number, 4) for number in range(1, 5)]
+    drawn_counts = [report[2] for report in reports]
+    assert drawn_counts == sorted(drawn_counts)
+    assert drawn_counts[-1] == 4
 
 
 @pytest.mark.parametrize(
