@@ -57,8 +57,25 @@ def paint(
         ValueError: more rounds than tokens.
         FloatingPointError: what was drawn is not finite.
     """
+    latents_BNC = paint_latents(
+        engine, captions, source=source, groups=groups, sampling=sampling, first_number=first_number, progress=progress
+    )
+    return source.codec.decode(latents_BNC.cpu().numpy())
+
+
+def paint_latents(
+    engine: Engine,
+    captions: Sequence[str],
+    *,
+    source: DataSource,
+    groups: ParallelGroups,
+    sampling: ImageSampling,
+    first_number: int = 0,
+    progress: Callable[[int, int, Tensor], None] | None = None,
+) -> Tensor:
+    """The images that `paint` decodes, fp32 [B, N, C] on this device."""
     shape = (len(captions), source.codec.num_tokens, source.codec.channels)
-    latents_BNC = paint_tokens(
+    return paint_tokens(
         _Painter(engine, captions, source=source, groups=groups, sampling=sampling),
         latents_BNC=torch.zeros(shape, device=platform.device()),
         masked_BN=torch.ones(shape[:2], dtype=torch.bool, device=platform.device()),
@@ -66,7 +83,6 @@ def paint(
         first_number=first_number,
         progress=progress,
     )
-    return source.codec.decode(latents_BNC.cpu().numpy())
 
 
 class _Painter:

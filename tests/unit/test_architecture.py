@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": CORE | {"inference", "scaling", "evaluation"},
     "hf": CORE | {"training"},
     "chaos": BASE | {"training.metrics"},
-    "benchmarks": CORE | {"training", "scaling", "hf"},
+    "benchmarks": CORE | {"training", "inference", "scaling", "hf"},
     "pretrain_mmar": CORE | {"training", "inference", "scaling", "evaluation"},
     "tools": CORE | {"training", "inference", "scaling", "evaluation", "hf", "chaos", "benchmarks"},
 }

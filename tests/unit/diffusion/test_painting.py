@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
-from mmar_megatron.diffusion.painting import cosine_rounds, image_generator, random_order
+from mmar_megatron.diffusion.painting import (
+    ImageSampling,
+    cosine_rounds,
+    image_generator,
+    paint_tokens,
+    plan_rounds,
+    random_order,
+)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 7, 16, 64, 256])
@@ -43,3 +53,43 @@ def test_an_order_has_every_token() -> None:
     order = random_order(64, seed=3, image=5)
     assert sorted(order) == list(range(64))
     assert list(order) != list(random_order(64, seed=3, image=6))
+
+
+def test_raster_order_is_row_by_row() -> None:
+    masked = np.ones(16, dtype=np.bool_)
+    plan = plan_rounds(masked, sampling=ImageSampling(rounds=4, order="raster"), image=0)
+    assert np.concatenate(plan).tolist() == list(range(16))
+    masked[3:] = False
+    assert len(plan_rounds(masked, sampling=ImageSampling(rounds=4), image=0)) == 3  # no more tokens are to be drawn
+
+
+def test_guidance_grows_with_what_is_drawn() -> None:
+    """Of two images of which one begins half drawn; in the last round it is the whole scale."""
+    scales: list[list[float]] = []
+
+    def draw(latents_BNC: Tensor, masked_BN: Tensor, *, row_K: Tensor, guidance_scale_K1: Tensor, **_: Any) -> Tensor:
+        scales.append([float(guidance_scale_K1[row_K == b].mean()) for b in range(2)])
+        return torch.ones(len(row_K), latents_BNC.shape[2])
+
+    masked_BN = torch.ones(2, 16, dtype=torch.bool)
+    masked_BN[1, :8] = False
+    sampling = ImageSampling(rounds=4, guidance_scale=5.0, guidance_schedule="linear")
+    drawn = paint_tokens(draw, latents_BNC=torch.zeros(2, 16, 3), masked_BN=masked_BN, sampling=sampling)  # type: ignore[arg-type]
+    left = [math.floor(16 * math.cos(math.pi / 8 * k)) for k in range(1, 4)] + [0]
+    assert [scale for scale, _ in scales] == pytest.approx([1 + 4 * (16 - n) / 16 for n in left])
+    assert scales[-1] == [5.0, 5.0]
+    assert scales[0][1] > scales[0][0]
+    assert torch.equal(drawn.any(dim=2), masked_BN)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"order": "spiral"}, "Unknown order 'spiral': choose one of random, raster"),
+        ({"guidance_schedule": "cosine"}, "Unknown guidance_schedule 'cosine': choose one of constant, linear"),
+        ({"guidance_scale": float("nan")}, "The guidance scale is nan: give a number"),
+    ],
+)
+def test_unknown_settings(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ImageSampling(**changes)

@@ -16,8 +16,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from mmar_megatron.benchmarks.sampling import paint_plainly
 from mmar_megatron.diffusion.painting import ImageSampling
-from mmar_megatron.inference.images import paint
+from mmar_megatron.inference.images import paint, paint_latents
 from mmar_megatron.parallel import ParallelGroups
 from tests.unit.inference.scene import Batches, Scene
 
@@ -60,6 +61,22 @@ def test_progress_is_reported(scene: Scene) -> None:
 def test_more_rounds_than_tokens(scene: Scene) -> None:
     with pytest.raises(ValueError, match="17 rounds asked for 16 tokens: use at least 1, and at most"):
         painted(scene, CAPTIONS, replace(SAMPLING, rounds=17))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"guidance_scale": 1.0, "sampler": "ancestral"},
+        {"guidance_schedule": "linear", "guidance_scale": 3.0, "order": "raster"},
+    ],
+)
+def test_prompts_read_once_are_whole_sequences_anew_in_each_round(changes: dict[str, Any], scene: Scene) -> None:
+    sampling = replace(SAMPLING, rounds=5, **changes)
+    with scene.engine.evaluating():
+        cached_BNC = paint_latents(scene.engine, CAPTIONS, source=scene.source, groups=scene.groups, sampling=sampling)
+        plain_BNC = paint_plainly(scene.engine, CAPTIONS, source=scene.source, sampling=sampling)
+    torch.testing.assert_close(cached_BNC, plain_BNC, rtol=1e-5, atol=1e-5 * float(plain_BNC.abs().max()))
 
 
 # --- what an image depends on ---------------------------------------------------------------------------------------------------
