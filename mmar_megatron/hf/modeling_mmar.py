@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -396,8 +396,6 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
             raise ValueError("attention_mask must be [B, T]: masks of more dimensions (a static cache makes one) lose the images")
         cache = past_key_values if cache is None else cache
         if cache is None and use_cache and not self.training:
-            from transformers import DynamicCache
-
             cache = DynamicCache()
         if input_ids is None:
             if inputs_embeds is None or image_latents is not None:
@@ -559,7 +557,7 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
         temperature: float = 1.0,
         seed: int = 0,
         first_number: int = 0,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Callable[[int, int, Tensor], None] | None = None,
     ) -> Tensor:
         """Paint one image for each prompt (MAR, arXiv 2406.11838, section 4).
 
@@ -580,7 +578,7 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
             temperature: scales the noise.
             seed: of order and noise.
             first_number: number of the first image, where a longer list is painted in parts.
-            progress: called after each round with its number, from 1, and the number of rounds.
+            progress: called after each round with its number, from 1, the number of rounds, and the latents [B, N, C] so far.
 
         Returns:
             Latents, fp32 [B, N, C]; `processor.to_pictures` makes pictures of them.
@@ -633,7 +631,7 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
                 latents_BNC[row_K, place_K] = drawn_KC
                 masked_BN[row_K, place_K] = False
             if progress is not None:
-                progress(number, rounds)
+                progress(number, rounds, latents_BNC)
         return latents_BNC
 
     def _start(

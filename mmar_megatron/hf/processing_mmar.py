@@ -62,6 +62,9 @@ class MMARProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> MMARProcessor:
         """See transformers."""
+        options.setdefault(
+            "trust_remote_code", False
+        )  # of the tokenizer, which has no code; transformers would ask on the terminal
         processor = super().from_pretrained(pretrained_model_name_or_path, **options)
         processor._directory = str(pretrained_model_name_or_path)  # where a vae lies
         return processor
@@ -72,7 +75,7 @@ class MMARProcessor(ProcessorMixin):
         if self.codec.get("kind") == "vae":
             source, target = Path(self._directory or "", VAE), Path(save_directory, VAE)
             if not source.is_dir():
-                self._vae().save_pretrained(target)
+                self.autoencoder().save_pretrained(target)
             elif source.resolve() != target.resolve():
                 shutil.copytree(source, target, dirs_exist_ok=True)
         return saved
@@ -258,7 +261,7 @@ class MMARProcessor(ProcessorMixin):
         pixels_MHW3 = np.stack([self._fitted(image) for image in images])
         if self.codec["kind"] == "patch":
             return torch.from_numpy(to_patches(scaled(pixels_MHW3), patch_size=self.codec["patch_size"]))
-        model = self._vae()
+        model = self.autoencoder()
         with torch.no_grad():
             latents = model.encode(torch.from_numpy(scaled(pixels_MHW3)).movedim(-1, 1)).latent_dist.mean
         latents_MHWC = latents.movedim(1, -1).numpy()
@@ -271,7 +274,7 @@ class MMARProcessor(ProcessorMixin):
         sizes = {"rows": self.codec["grid_height"], "patch_size": self.codec["patch_size"]}
         if self.codec["kind"] == "patch":
             return pixels_of(from_patches(tokens_MNC, **sizes))
-        model = self._vae()
+        model = self.autoencoder()
         latents_MHWC = from_patches(tokens_MNC, **sizes)
         latents_MHWC = latents_MHWC / self._per_channel("scale") + self._per_channel("shift")
         with torch.no_grad():
@@ -302,7 +305,8 @@ class MMARProcessor(ProcessorMixin):
     def _per_channel(self, name: str) -> NDArray[np.float32]:
         return np.asarray(self.codec[name], dtype=np.float32)
 
-    def _vae(self) -> Any:
+    def autoencoder(self) -> Any:
+        """The codec's `diffusers.AutoencoderKL`, loaded when it is first asked for."""
         if self._autoencoder is None:
             if self._directory is None:
                 raise ValueError("the auto-encoder lies beside the processor: load that with from_pretrained")

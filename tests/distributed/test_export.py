@@ -67,7 +67,7 @@ def exported(folder: Path, name: str) -> Pair:
 
 
 def processor_of(pair: Pair) -> MMARProcessor:
-    return MMARProcessor.from_pretrained(pair.directory, trust_remote_code=True)
+    return MMARProcessor.from_pretrained(pair.directory)
 
 
 def hugging_face_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

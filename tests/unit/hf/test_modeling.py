@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import DynamicCache, Trainer, TrainingArguments
 
 from mmar_megatron.hf.modeling_mmar import MMARForCausalLM, mixed_attention_bias, plan_rounds, span_ids
 from tests.unit.hf.tiny import BEGIN, BOS, EOS, IMAGE, ONE_IMAGE, PAD, C, N, latents, padded, tiny_config, tiny_model
@@ -166,8 +166,6 @@ def test_beams_and_several_sequences_keep_their_images(model: MMARForCausalLM, b
 
 
 def test_a_conversation_goes_on_from_its_cache(model: MMARForCausalLM) -> None:
-    from transformers import DynamicCache
-
     cache = DynamicCache()
     first = model.generate(**alone(0), max_new_tokens=3, do_sample=False, cache=cache)
     longer = torch.cat((first, torch.tensor([[60, *ONE_IMAGE, 61]])), dim=1)
@@ -236,14 +234,22 @@ def test_inpainting_draws_what_was_asked_for_alone(model: MMARForCausalLM) -> No
     redraw = torch.zeros(3, N, dtype=torch.bool)
     redraw[0, :3] = redraw[1, 4] = True  # and nothing of the third
     before = start.clone()
-    reports: list[tuple[int, int]] = []
+    reports: list[tuple[int, int, int]] = []
     drawn = model.generate_images(
-        **prompts, start_latents=start, redraw=redraw, rounds=4, steps=3, progress=lambda *report: reports.append(report)
+        **prompts,
+        start_latents=start,
+        redraw=redraw,
+        rounds=4,
+        steps=3,
+        progress=lambda number, of, latents: reports.append((number, of, int((latents != start).any(dim=-1).sum()))),
     )
     assert torch.equal(start, before)
     assert torch.equal(drawn[~redraw], start[~redraw])
     assert (drawn[redraw] != start[redraw]).all()
-    assert reports == [(number, 4) for number in range(1, 5)]
+    assert [report[:2] for report in reports] == [(number, 4) for number in range(1, 5)]
+    drawn_counts = [report[2] for report in reports]
+    assert drawn_counts == sorted(drawn_counts)
+    assert drawn_counts[-1] == 4
 
 
 @pytest.mark.parametrize(
