@@ -27,7 +27,7 @@ from mmar_megatron.hf.card import model_card
 from mmar_megatron.hf.configuration_mmar import MMARConfig
 from mmar_megatron.hf.modeling_mmar import MMARForCausalLM
 from mmar_megatron.hf.names import Heads, Link, join, links, split
-from mmar_megatron.hf.shipping import AUTO_MAP, shipped_code
+from mmar_megatron.hf.shipping import AUTO_MAP, shipped_code, stamped
 from mmar_megatron.hf.storage import CheckpointReader, Pace, TensorSpec, all_or_nothing
 from mmar_megatron.hf.tokenizer_json import hugging_face_files
 from mmar_megatron.hf.weights import INDEX, SINGLE
@@ -253,7 +253,7 @@ def export(source: Exportable, out: Path, *, shard_bytes: int = 5 * 10**9, say: 
 def files_of(source: Exportable) -> dict[str, str]:
     """All text files of an export: name -> content."""
     ids = {role: getattr(source.tokenizer, f"{role}_id") for role in SPECIAL_TOKENS}
-    files = {**shipped_code(), **hugging_face_files(source.tokenizer, source.tokenizer_file.read_bytes())}
+    files = {**stamped(shipped_code()), **hugging_face_files(source.tokenizer, source.tokenizer_file.read_bytes())}
     files["config.json"] = config_json(source)
     files["generation_config.json"] = _as_json(_generation(source, ids))
     files["processor_config.json"] = _as_json(
