@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, Trainer, TrainingArguments
 
-from mmar_megatron.hf.modeling_mmar import MMARForCausalLM, mixed_attention_bias, plan_rounds, span_ids
+from mmar_megatron.diffusion.painting import ImageSampling, plan_rounds
+from mmar_megatron.hf.modeling_mmar import MMARForCausalLM, mixed_attention_bias, span_ids
 from tests.unit.hf.tiny import BEGIN, BOS, EOS, IMAGE, ONE_IMAGE, PAD, C, N, latents, padded, tiny_config, tiny_model
 
 ROWS: list[tuple[list[int], int]] = [
@@ -221,7 +222,7 @@ def test_the_prefix_computed_once_is_the_whole_run_anew(model: MMARForCausalLM) 
     handle = model.post_projector.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
     model.generate_images(torch.tensor([prompt]), rounds=1, steps=1, guidance_scale=1.0)
     handle.remove()
-    order = plan_rounds(torch.ones(N, dtype=torch.bool).numpy(), rounds=1, seed=0, image=0)[0]
+    order = plan_rounds(torch.ones(N, dtype=torch.bool).numpy(), sampling=ImageSampling(rounds=1), image=0)[0]
     masked = torch.ones(1, N, dtype=torch.bool)
     ids = torch.tensor([[*prompt, *[IMAGE] * N, 5, EOS]])
     whole = model(ids, image_latents=torch.zeros(1, N, C), image_masked=masked).image_conditions

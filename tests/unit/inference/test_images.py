@@ -16,7 +16,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mmar_megatron.inference.images import ImageSampling, paint
+from mmar_megatron.diffusion.painting import ImageSampling
+from mmar_megatron.inference.images import paint
 from mmar_megatron.parallel import ParallelGroups
 from tests.unit.inference.scene import Batches, Scene
 
@@ -36,7 +37,8 @@ def test_rounds_of_a_painting(scene: Scene) -> None:
     """Nothing is known in the first round; what was drawn is then visible, stays as it is, and all is drawn in the end."""
     with Batches(scene.engine) as seen:
         images_BHW3 = painted(scene, CAPTIONS, replace(SAMPLING, guidance_scale=1.0, rounds=4))
-    assert len(seen) == 4
+    assert len(seen) == 1 + 4  # the prompts, once
+    del seen[0]
     assert seen[0].masked_MN.all()
     for before, after in itertools.pairwise(seen):
         assert (before.visible_MN <= after.visible_MN).all()
@@ -51,7 +53,7 @@ def test_rounds_of_a_painting(scene: Scene) -> None:
 
 def test_progress_is_reported(scene: Scene) -> None:
     reported: list[tuple[int, int]] = []
-    painted(scene, CAPTIONS[:1], progress=lambda number, rounds: reported.append((number, rounds)))
+    painted(scene, CAPTIONS[:1], progress=lambda number, rounds, _: reported.append((number, rounds)))
     assert reported == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -106,7 +108,7 @@ def test_guidance_of_1_is_the_conditional_model(scene: Scene) -> None:
     with Batches(scene.engine) as seen:
         plain = painted(scene, CAPTIONS, replace(SAMPLING, guidance_scale=1.0))
         guided = painted(scene, CAPTIONS, replace(SAMPLING, guidance_scale=1.0 + 1e-7))
-    assert [len(batch.tokens_BS) for batch in seen] == [3] * 3 + [6] * 3
+    assert [len(batch.tokens_BS) for batch in seen] == [3] * 4 + [6] * 4
     assert all(close(a, b) for a, b in zip(plain, guided, strict=True))
 
 
@@ -114,7 +116,10 @@ def test_the_unconditional_half_has_no_caption(scene: Scene) -> None:
     with Batches(scene.engine) as seen:
         painted(scene, CAPTIONS)
         painted(scene, ["", "", ""], replace(SAMPLING, guidance_scale=1.0))
-    assert torch.equal(seen[0].tokens_BS[3:], seen[3].tokens_BS)
+    without = seen[4].tokens_BS
+    assert without.shape == (3, 2)
+    assert torch.equal(seen[0].tokens_BS[3:, :2], without)
+    assert (seen[0].document_ids_BS[3:, 2:] == -1).all()
 
 
 def test_guidance_of_0_is_the_unconditional_model(scene: Scene) -> None:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from mmar_megatron.diffusion.rounds import cosine_rounds, image_generator, random_order
+from mmar_megatron.diffusion.painting import cosine_rounds, image_generator, random_order
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 7, 16, 64, 256])
