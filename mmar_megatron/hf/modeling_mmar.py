@@ -219,6 +219,10 @@ class MMARModel(MMARPreTrainedModel):
         shape = (self.config.num_image_tokens, self.config.image["channels"])
         if tuple(latents_MNC.shape[1:]) != shape:
             raise ValueError(f"image_latents are {tuple(latents_MNC.shape)}, but must be [images, {shape[0]}, {shape[1]}]")
+        if masked_MN is not None and (masked_MN.shape != latents_MNC.shape[:2] or masked_MN.dtype != torch.bool):
+            raise ValueError(
+                f"image_masked is {masked_MN.dtype} {tuple(masked_MN.shape)}, but must be bool {tuple(latents_MNC.shape[:2])}"
+            )
         image_MND = self.embed_images(latents_MNC, masked_MN=masked_MN)
         return h_BSD.masked_scatter(is_image_BS[..., None], image_MND.to(h_BSD.dtype))
 
@@ -473,11 +477,18 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, image_latents: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Called by `generate` before each pass: images go with the pass that reads their tokens, and with no other."""
+        """Called by `generate` before each pass: images go with the pass that reads their tokens, and with no other.
+
+        Raises:
+            ValueError: the prompts are padded on the right.
+        """
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
         inputs.pop("cache_position", None)  # transformers 4 gives it; here it follows from the cache
-        read = inputs.get("input_ids")
-        if read is not None and (read == self.config.image_token_id).any():
+        read, mask, cache = (inputs.get(name) for name in ("input_ids", "attention_mask", CACHE_NAME))
+        if mask is not None and not bool(mask[:, -1].all()):
+            raise ValueError("prompts are padded on the right, and their text would go on behind the padding: pad on the left")
+        # A pass from the beginning gets them in any case, so that images which no token stands for are told.
+        if cache is None or cache.get_seq_length() == 0 or (read is not None and (read == self.config.image_token_id).any()):
             inputs["image_latents"] = image_latents
         return inputs
 
@@ -533,7 +544,7 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: [B, S], prompts that end in begin_image_token_id, as `processor.to_paint` makes them; padded on the left.
-            attention_mask: [B, S], 0 at padding.
+            attention_mask: [B, S], 0 at padding; none: pad_token_id is padding.
             image_latents: [M, N, C], of images within the prompts.
             start_latents: [B, N, C], images to be changed (inpainting); none: they begin empty.
             redraw: bool [B, N], which of their tokens to draw anew; needs start_latents.
@@ -611,7 +622,7 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, attention_mask: Tensor | None, image_latents: Tensor | None, *, guided: bool
     ) -> KeyValueCache:
         """Keys and values of the prompts; with guidance they stand there twice, then without text."""
-        valid_BP = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        valid_BP = (input_ids != self.config.pad_token_id).long() if attention_mask is None else attention_mask
         if guided:
             without = torch.full_like(input_ids, self.config.pad_token_id)
             without[:, -2], without[:, -1] = self.config.bos_token_id, self.config.begin_image_token_id
