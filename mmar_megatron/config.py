@@ -64,7 +64,7 @@ class DiffusionConfig:
     """Discrete noise levels in training."""
     sampling_steps: int = 100
     """Head evaluations for each image token when painting."""
-    sampler: Literal["ddim", "ancestral"] = "ddim"
+    sampler: Literal["ddim", "ancestral", "dpm_solver++"] = "ddim"
 
 
 @dataclass(kw_only=True)

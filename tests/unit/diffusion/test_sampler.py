@@ -20,6 +20,7 @@ from mmar_megatron.diffusion import (
     ScheduleName,
     gaussian_noise,
 )
+from mmar_megatron.diffusion.sampler import midway_timesteps
 
 ALLOWED = [
     ("cosine", "v"),
@@ -30,7 +31,7 @@ ALLOWED = [
     ("linear_interpolation", "x"),
     ("linear_interpolation", "flow"),
 ]
-KINDS = ["ddim", "ancestral"]
+KINDS = ["ddim", "ancestral", "dpm_solver++"]
 ROWS = 8192
 
 
@@ -192,6 +193,43 @@ def test_temperature_of_ddim_scales_its_start() -> None:
     assert (seen[6] == 0).all()
 
 
+@pytest.mark.parametrize(("schedule_name", "name"), [("cosine", "v"), ("cosine_zero_snr", "v"), ("linear_interpolation", "flow")])
+def test_dpm_solver_follows_the_path_to_the_second_order(schedule_name: ScheduleName, name: ParameterizationName) -> None:
+    """Twice the steps leave more than half of DDIM's error, and less than half of this one's, which at 20 is below half of it."""
+    path_NC = sample_mixture(schedule_name, name, kind="dpm_solver++", steps=1000)
+    errors = {
+        (kind, steps): (sample_mixture(schedule_name, name, kind=kind, steps=steps) - path_NC).square().mean().sqrt().item()
+        for kind in ("ddim", "dpm_solver++")
+        for steps in (10, 20, 40, 80)
+    }
+    long_path_NC = sample_mixture(schedule_name, name, kind="ddim", steps=1000)
+    assert (long_path_NC - path_NC).square().mean().sqrt() < 0.2 * errors["ddim", 80]
+    for steps in (10, 20, 40):
+        assert 0.5 < errors["ddim", 2 * steps] / errors["ddim", steps] < 0.7
+        assert errors["dpm_solver++", 2 * steps] / errors["dpm_solver++", steps] < 0.5
+    assert errors["dpm_solver++", 20] < 0.5 * errors["ddim", 20]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 500, 999, 1000])
+@pytest.mark.parametrize("schedule_name", ["cosine", "cosine_zero_snr", "linear_interpolation"])
+def test_midway_levels_are_as_many_as_asked_for(schedule_name: ScheduleName, steps: int) -> None:
+    levels = midway_timesteps(NoiseSchedule(schedule_name), steps=steps)
+    assert len(levels) == steps
+    assert levels[0] == 999
+    assert steps == 1 or levels[-1] == 0
+    assert all(before > after for before, after in pairwise(levels))
+
+
+def test_dpm_solver_begins_and_ends_as_ddim() -> None:
+    settings: dict[str, Any] = {"schedule": NoiseSchedule("cosine"), "parameterization": Parameterization("v"), "steps": 7}
+    ours, ddim = Sampler(**settings, kind="dpm_solver++").steps, Sampler(**settings).steps
+    assert (ours[-1].state, ours[-1].output) == pytest.approx((ddim[-1].state, ddim[-1].output), abs=1e-12)
+    assert [step.memory == 0 for step in ours] == [True, *[False] * 5, True]
+    two, two_ddim = (Sampler(**{**settings, "steps": 2}, kind=kind).steps for kind in ("dpm_solver++", "ddim"))
+    for step, other in zip(two, two_ddim, strict=True):
+        assert (step.state, step.output, step.memory) == pytest.approx((other.state, other.output, 0), abs=1e-12)
+
+
 def test_temperature_of_ancestral_scales_its_fresh_noise_alone() -> None:
     """The start is unscaled; at temperature 0 what follows does not depend on the later noise, and a component is less spread."""
 
@@ -236,6 +274,7 @@ def test_ddim_draws_noise_once_and_ancestral_after_each_step_but_the_last() -> N
         return drawn
 
     assert draws("ddim") == [0]
+    assert draws("dpm_solver++") == [0]
     assert draws("ancestral") == [0, 1, 2, 3]
 
 
@@ -258,7 +297,7 @@ def test_state_stays_fp32_under_a_bf16_network() -> None:
         ({"steps": 1001}, "use 1 to 1000"),
         ({"temperature": -0.1}, "use 0"),
         ({"schedule": NoiseSchedule("cosine_zero_snr"), "parameterization": Parameterization("eps")}, "which is pure noise"),
-        ({"kind": "euler"}, "Unknown sampler 'euler': choose one of ddim, ancestral"),
+        ({"kind": "euler"}, "Unknown sampler 'euler': choose one of ddim, ancestral, dpm_solver"),
     ],
 )
 def test_bad_settings_are_refused(change: dict[str, object], message: str) -> None:
