@@ -35,14 +35,14 @@ def prompt_batch(documents: Sequence[Document], *, source: DataSource, multiple:
 
 
 def image_batch(latents_BNC: Tensor, masked_BN: Tensor, *, first_B: Tensor, source: DataSource, multiple: int) -> Batch:
-    """The tokens of one image a row, behind prompts.
+    """The tokens of one image a row, behind prompts; where there are more of these, the images begin again.
 
     Args:
         latents_BNC, masked_BN: of the images.
-        first_B: position of each image's first token.
+        first_B: position of the first token of each row's image.
         multiple: as for `prompt_batch`.
     """
-    rows, num_tokens, _ = latents_BNC.shape
+    rows, num_tokens = len(first_B), latents_BNC.shape[1]
     place_N = torch.arange(num_tokens, device=latents_BNC.device)
     span_BN = torch.zeros((rows, num_tokens), dtype=torch.int64, device=latents_BNC.device)
     batch = continuation(
@@ -53,7 +53,8 @@ def image_batch(latents_BNC: Tensor, masked_BN: Tensor, *, first_B: Tensor, sour
         multiple=multiple,
     )
     length = batch.tokens_BS.shape[1]
-    batch.latents_MNC, batch.masked_MN, batch.visible_MN = latents_BNC, masked_BN, ~masked_BN
+    # Copies: the caller goes on to fill in what is drawn.
+    batch.latents_MNC, batch.masked_MN, batch.visible_MN = latents_BNC.clone(), masked_BN.clone(), ~masked_BN
     batch.image_positions_MN = torch.arange(rows, device=place_N.device)[:, None] * length + place_N
     return batch
 

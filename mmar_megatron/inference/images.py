@@ -122,8 +122,8 @@ class _Painter:
         """See `Draw`; alike on all ranks."""
         halves = len(self._first_B) // len(latents_BNC)
         batch = image_batch(
-            latents_BNC.repeat(halves, 1, 1),
-            masked_BN.repeat(halves, 1),
+            latents_BNC,
+            masked_BN,
             first_B=self._first_B,
             source=self._source,
             multiple=self._groups.tensor.size(),

@@ -1,6 +1,7 @@
 """Stage 0: tokens and visible latents become one sequence.
 
-Suffixes: B sequences, S positions, D width of the backbone, M images, N tokens of an image, C channels of a latent.
+Suffixes: B sequences, S positions, D width of the backbone, M images, N tokens of an image, C channels of a latent,
+P places of images.
 """
 
 from __future__ import annotations
@@ -65,8 +66,11 @@ class MultimodalEmbedding(MegatronModule):
         )
         # Every slot is added at its place; an empty one adds zeros at place 0: shapes are fixed, nothing waits for the device.
         occupied_MN1 = (batch.visible_MN | batch.masked_MN).unsqueeze(-1)
+        # The conditional and the unconditional half of a painting show the same images, which are looked at once.
+        places_PN = batch.image_positions_MN
+        image_PND = (image_MND * occupied_MN1).repeat(len(places_PN) // len(image_MND), 1, 1)
         h = rearrange(text_BSD * is_text_BS1, "b s d -> (b s) d").index_add(
-            0, batch.image_positions_MN.flatten(), rearrange(image_MND * occupied_MN1, "m n d -> (m n) d")
+            0, places_PN.flatten(), rearrange(image_PND, "p n d -> (p n) d")
         )
         h_SBD = rearrange(h, "(b s) d -> s b d", b=text_BSD.shape[0]).contiguous()
         if self.config.sequence_parallel:
