@@ -1,7 +1,7 @@
 """Which way imports run, and which file alone may speak to a foreign library. Reads the source, imports nothing.
 
     config, platform <- parallel <- diffusion, data, model, engine <- inference, scaling, evaluation <- training
-                                                                    <- pretrain_mmar.py, hf, chaos, benchmarks, tools
+                                                          <- pretrain_mmar.py, hf <- generation, chaos, benchmarks, tools
 
 `diffusion`, `data`, `model` and `engine` do not import each other, with two exceptions: `model` uses `diffusion`; and the
 contract between the loader and the model, `data.batch`, is open to `model` and `engine`. `hf` converts checkpoints and may see
@@ -36,10 +36,11 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": CORE,
     "training": CORE | {"inference", "scaling", "evaluation"},
     "hf": CORE | {"training"},
+    "generation": CORE | {"training", "hf"},
     "chaos": BASE | {"training.metrics"},
     "benchmarks": CORE | {"training", "scaling", "hf"},
     "pretrain_mmar": CORE | {"training", "inference", "scaling", "evaluation"},
-    "tools": CORE | {"training", "inference", "scaling", "evaluation", "hf", "chaos", "benchmarks"},
+    "tools": CORE | {"training", "inference", "scaling", "evaluation", "hf", "generation", "chaos", "benchmarks"},
 }
 
 # A word that may stand as part of a dotted name in one file alone.

@@ -1,0 +1,179 @@
+"""Many pictures of many prompts, in batches.
+
+A picture follows from its prompt, seed and number alone. Of prompts without a seed all pictures share the command's, and are
+numbered through; those of a prompt with a seed count from 0, so that its place in a file does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import mmar_megatron
+from mmar_megatron.diffusion.sampler import SamplerKind
+from mmar_megatron.generation.editing import Edit
+from mmar_megatron.generation.opening import Opened
+from mmar_megatron.generation.prompts import Prompt
+
+_ROUNDS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Painting:
+    """How pictures are painted: arguments of `MMARForCausalLM.generate_images`."""
+
+    rounds: int | None = None
+    """None: 32, or of a smaller image as many as it has tokens."""
+    steps: int | None = None
+    """None, also of the sampler: as the model's configuration says."""
+    sampler: SamplerKind | None = None
+    guidance_scale: float = 2.0
+    temperature: float = 1.0
+
+    def settled(self, opened: Opened) -> dict[str, Any]:
+        """All settings, for this model.
+
+        Raises:
+            ValueError: more rounds than tokens, or more steps than the model has levels; a negative temperature.
+        """
+        config = opened.model.config
+        tokens, levels = config.num_image_tokens, config.diffusion["num_timesteps"]
+        rounds = min(_ROUNDS, tokens) if self.rounds is None else self.rounds
+        steps = config.diffusion["sampling_steps"] if self.steps is None else self.steps
+        if not 1 <= rounds <= tokens:
+            raise ValueError(f"--rounds is {rounds}: an image has {tokens} tokens, so give 1 to {tokens}")
+        if not 1 <= steps <= levels:
+            raise ValueError(f"--steps is {steps}: the model has {levels} noise levels, so give 1 to {levels}")
+        if self.temperature < 0:
+            raise ValueError(f"--temperature is {self.temperature}: it must be 0 or more")
+        return {
+            "rounds": rounds,
+            "steps": steps,
+            "sampler": self.sampler or config.diffusion["sampler"],
+            "guidance_scale": self.guidance_scale,
+            "temperature": self.temperature,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One picture to paint."""
+
+    prompt: Prompt
+    seed: int
+    number: int
+    """Of the seed's pictures."""
+    file: str
+
+    def record(self, opened: Opened, settings: dict[str, Any], *, edit: Edit | None) -> dict[str, Any]:
+        """All that it takes to paint it again."""
+        named = {} if self.prompt.id is None else {"id": self.prompt.id}
+        return {
+            "file": self.file,
+            **named,
+            "prompt": self.prompt.text,
+            "seed": self.seed,
+            "number": self.number,
+            **settings,
+            **({} if edit is None else edit.facts),
+            **opened.facts,
+            "version": mmar_megatron.__version__,
+        }
+
+
+def pictures_of(prompts: Sequence[Prompt], *, images: int, seed: int) -> list[Picture]:
+    """All pictures, in order.
+
+    Raises:
+        ValueError: no picture is asked for, or the seed is negative.
+    """
+    if images < 1:
+        raise ValueError(f"--images is {images}: give 1 or more")
+    if seed < 0:
+        raise ValueError(f"--seed is {seed}: give 0 or more")
+    return [
+        Picture(
+            prompt=prompt,
+            seed=seed if prompt.seed is None else prompt.seed,
+            number=p * images + k if prompt.seed is None else k,
+            file=f"{p:06d}-{k}.png",
+        )
+        for p, prompt in enumerate(prompts)
+        for k in range(images)
+    ]
+
+
+def batches(pictures: Sequence[Picture], *, size: int) -> Iterator[list[Picture]]:
+    """Runs of at most `size` pictures that have one seed and consecutive numbers, as one call paints them."""
+    batch: list[Picture] = []
+    for picture in pictures:
+        follows = bool(batch) and (picture.seed, picture.number) == (batch[-1].seed, batch[-1].number + 1)
+        if batch and (not follows or len(batch) == size):
+            yield batch
+            batch = []
+        batch.append(picture)
+    if batch:
+        yield batch
+
+
+def paint(
+    opened: Opened,
+    pictures: Sequence[Picture],
+    *,
+    settings: dict[str, Any],
+    batch_size: int,
+    edit: Edit | None = None,
+    progress: Callable[[float], None] = lambda _: None,
+) -> Iterator[tuple[Picture, NDArray[np.uint8]]]:
+    """Each picture and its pixels, uint8 [H, W, 3].
+
+    Args:
+        opened: the model.
+        pictures: to paint.
+        settings: of `Painting.settled`.
+        batch_size: pictures painted at a time.
+        edit: the picture that all begin from.
+        progress: called with the number of pictures painted here so far, also between two.
+
+    Raises:
+        ValueError: what was drawn of a picture is not finite; it is named, and those before it were given.
+    """
+    done = 0
+    for batch in batches(pictures, size=batch_size):
+        try:
+            painted_BHW3 = _paint(
+                opened, batch, settings=settings, edit=edit, progress=partial(_tell, progress, done, len(batch))
+            )
+        except FloatingPointError as error:
+            if len(batch) > 1:  # one by one tells of which it is
+                yield from paint(opened, batch, settings=settings, batch_size=1, edit=edit)
+                done += len(batch)
+                continue
+            raise ValueError(f"{batch[0].prompt.place} ({batch[0].prompt.text!r}), picture {batch[0].file}: {error}") from error
+        yield from zip(batch, painted_BHW3, strict=True)
+        done += len(batch)
+
+
+def _tell(progress: Callable[[float], None], done: int, count: int, number: int, rounds: int, _: Any) -> None:
+    progress(done + count * number / rounds)
+
+
+def _paint(
+    opened: Opened, batch: Sequence[Picture], *, settings: dict[str, Any], edit: Edit | None, progress: Callable[..., None]
+) -> NDArray[np.uint8]:
+    inputs = opened.processor.to_paint([picture.prompt.text for picture in batch]).to(opened.model.device)
+    changes: dict[str, Any] = {}
+    if edit is not None:
+        redraw_BN = np.stack([edit.redraw(seed=picture.seed, number=picture.number) for picture in batch])
+        changes = {"start_latents": edit.latents_NC.expand(len(batch), -1, -1), "redraw": torch.from_numpy(redraw_BN)}
+    first = batch[0]
+    latents_BNC = opened.model.generate_images(
+        **inputs, **changes, **settings, seed=first.seed, first_number=first.number, progress=progress
+    )
+    return opened.processor.to_pictures(latents_BNC)
