@@ -1,4 +1,4 @@
-"""The directory of painted pictures: PNG files that say how they were painted, and `manifest.jsonl`, a line for each, in order."""
+"""The directory of painted pictures: PNG files that say how they were painted, and manifest.jsonl, a line for each, in order."""
 
 from __future__ import annotations
 

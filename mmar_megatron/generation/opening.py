@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,8 @@ def open_model(
 
     Of a run, `facts` name the checkpoint that was its newest.
     """
+    # Where a tokenizer is loaded beside a model of a type that transformers does not know, it doubts that they go together.
+    logging.getLogger("transformers.configuration_utils").addFilter(lambda line: "model of type" not in line.getMessage())
     model, processor = load_model(
         path, average=average, dtype=getattr(torch, dtype) if dtype else None, tokenizer=tokenizer, vae=vae, say=_say
     )
