@@ -115,7 +115,7 @@ def main(argv: list[str]) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped: the same command goes on from here")
+        sys.exit("stopped" if args.out is None else "stopped: the same command goes on from here")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 
 OUT gets 000000-0.png (prompt, picture of it) and so on, each with all its settings in its text, and manifest.jsonl with the same,
 one line for each picture in order. The same command goes on where a stopped one was. A picture follows from its prompt, seed and
-number, not from the batch.
+number; with another --batch_size, which adds numbers up in another order, a colour may differ by one step of 255.
 
 Prompts come from the command line or a file: .txt, one a line; .jsonl, {"prompt": ..., "id": ..., "seed": ...}, of which the last
 two may be left out; .csv with columns of these names. Pictures of prompts with a seed of their own do not depend on their place
@@ -71,11 +71,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _margins(text: str) -> tuple[float, ...]:
-    margins = tuple(float(part) for part in text.split(","))
-    if len(margins) != 4:
-        raise argparse.ArgumentTypeError(f"{text!r} are not four numbers: give left,top,right,bottom, as 0.25,0,0.25,0")
-    return margins
+def _margins(text: str) -> tuple[float, float, float, float]:
+    try:
+        left, top, right, bottom = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} are not four numbers: give left,top,right,bottom, as 0.25,0,0.25,0"
+        ) from error
+    return left, top, right, bottom
 
 
 def run(args: argparse.Namespace) -> str:
@@ -108,11 +111,12 @@ def run(args: argparse.Namespace) -> str:
         progress = Progress(len(pictures), done=before, what="pictures")
         painted = paint(
             opened,
-            pictures[before:],
+            pictures,
             settings=settings,
             batch_size=args.batch_size,
+            done=before,
             edit=edit,
-            progress=lambda done: progress.at(before + done),
+            progress=progress.at,
         )
         try:
             for record, (_, pixels_HW3) in zip(records[before:], painted, strict=True):

@@ -1,7 +1,8 @@
 """Many pictures of many prompts, in batches.
 
-A picture follows from its prompt, seed and number alone. Of prompts without a seed all pictures share the command's, and are
-numbered through; those of a prompt with a seed count from 0, so that its place in a file does not matter.
+A picture follows from its prompt, seed and number; its batch changes no more than the order in which numbers are added up. Of
+prompts without a seed all pictures share the command's, and are numbered through; those of a prompt with a seed count from 0, so
+that its place in a file does not matter.
 """
 
 from __future__ import annotations
@@ -128,40 +129,44 @@ def paint(
     *,
     settings: dict[str, Any],
     batch_size: int,
+    done: int = 0,
     edit: Edit | None = None,
     progress: Callable[[float], None] = lambda _: None,
 ) -> Iterator[tuple[Picture, NDArray[np.uint8]]]:
-    """Each picture and its pixels, uint8 [H, W, 3].
+    """Each picture that is not done, and its pixels, uint8 [H, W, 3].
 
     Args:
         opened: the model.
-        pictures: to paint.
+        pictures: all, which the batches follow from.
         settings: of `Painting.settled`.
         batch_size: pictures painted at a time.
+        done: so many of the first are painted. Of a batch with some of them all are painted once more, for the same to the bit.
         edit: the picture that all begin from.
-        progress: called with the number of pictures painted here so far, also between two.
+        progress: called with the number of pictures painted so far, also between two.
 
     Raises:
         ValueError: what was drawn of a picture is not finite; it is named, and those before it were given.
     """
-    done = 0
+    end = 0
     for batch in batches(pictures, size=batch_size):
+        begin, end = end, end + len(batch)
+        if end <= done:
+            continue
+        there = max(0, done - begin)
         try:
             painted_BHW3 = _paint(
-                opened, batch, settings=settings, edit=edit, progress=partial(_tell, progress, done, len(batch))
+                opened, batch, settings=settings, edit=edit, progress=partial(_tell, progress, begin, len(batch))
             )
         except FloatingPointError as error:
             if len(batch) > 1:  # one by one tells of which it is
-                yield from paint(opened, batch, settings=settings, batch_size=1, edit=edit)
-                done += len(batch)
+                yield from paint(opened, batch, settings=settings, batch_size=1, done=there, edit=edit)
                 continue
             raise ValueError(f"{batch[0].prompt.place} ({batch[0].prompt.text!r}), picture {batch[0].file}: {error}") from error
-        yield from zip(batch, painted_BHW3, strict=True)
-        done += len(batch)
+        yield from zip(batch[there:], painted_BHW3[there:], strict=True)
 
 
-def _tell(progress: Callable[[float], None], done: int, count: int, number: int, rounds: int, _: Any) -> None:
-    progress(done + count * number / rounds)
+def _tell(progress: Callable[[float], None], begin: int, count: int, number: int, rounds: int, _: Any) -> None:
+    progress(begin + count * number / rounds)
 
 
 def _paint(

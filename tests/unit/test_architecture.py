@@ -158,6 +158,7 @@ def tree_with(root: Path, file: str, source: str) -> Path:
         ("mmar_megatron/platform.py", "from mmar_megatron.config import Config"),
         ("mmar_megatron/config.py", "from . import parallel"),
         ("mmar_megatron/hf/exporting.py", "from mmar_megatron.evaluation import scores"),
+        ("mmar_megatron/hf/loading.py", "from mmar_megatron.generation.opening import open_model"),
         ("mmar_megatron/training/trainer.py", "from tools.evaluate import main"),
         ("mmar_megatron/utils/misc.py", "import os"),
         ("mmar_megatron/__init__.py", "from mmar_megatron.config import Config"),
