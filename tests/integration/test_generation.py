@@ -32,7 +32,7 @@ def test_paint_and_read(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "run", data=make_data(tmp_path / "shapes"))
     (tmp_path / "prompts.txt").write_text("a red circle\ntwo small blue squares\n")
     options = ["--images", "2", "--rounds", "3", "--steps", "2", "--batch_size", "3"]
-    files = ["--model", tmp_path / "run", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "out"]
+    files: list[str | Path] = ["--model", tmp_path / "run", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "out"]
     made = run(ROOT / "tools" / "generate.py", *files, *options)
     assert made.stdout == f"{tmp_path}/out: 4 pictures of 2 prompts\n"
     assert made.stderr == ""
