@@ -5,12 +5,14 @@
     python tools/benchmark.py loader --config examples/configs/tiny.yaml --data.sequence_length 512
     python tools/benchmark.py index --samples 10000000 --config my.yaml
     python tools/benchmark.py export --shard_gb 5 --config my.yaml
+    python tools/benchmark.py sampler --images 4 --mar_rounds 32 --config my.yaml
 
 `step` trains two engines that differ in the options of the variant, one step of each in turn, on the same microbatches. `save`
 writes checkpoints in the foreground and in the background in turn, and tells for how long training waits. `loader` reads the same
 tars in their order by webdataset and in random order by this program, makes whole microbatches of them, and trains on one, in
 turn. `index` opens the index of a data set that is not there, and plans. `export` makes a Hugging Face model of a checkpoint of
-random weights, and a checkpoint of that, and tells what memory this takes. All other options are those of pretrain_mmar.py.
+random weights, and a checkpoint of that, and tells what memory this takes. `sampler` paints, and paints the plain way, which
+runs over prompt and image anew in each round. All other options are those of pretrain_mmar.py.
 Prints one JSON object: medians over the rounds, and the quartiles of ratios.
 """
 
@@ -21,6 +23,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +31,9 @@ from mmar_megatron import parallel, platform
 from mmar_megatron.benchmarks.exporting import measure_export
 from mmar_megatron.benchmarks.indexing import measure_index
 from mmar_megatron.benchmarks.loading import compare_loaders
+from mmar_megatron.benchmarks.sampling import compare_sampling
 from mmar_megatron.benchmarks.training import compare_saves, compare_steps
+from mmar_megatron.diffusion.painting import ImageSampling
 
 
 def main(argv: list[str]) -> None:
@@ -41,6 +46,11 @@ def main(argv: list[str]) -> None:
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         print(json.dumps({"device": platform.device_name(), "rounds": args.rounds, **platform.versions(), **found}))
     parallel.leave()
+
+
+def _sampler(args: argparse.Namespace, options: list[str]) -> dict[str, Any]:
+    sampling = ImageSampling(rounds=args.mar_rounds, steps=args.steps, guidance_scale=args.guidance_scale)
+    return compare_sampling(options, images=args.images, sampling=sampling, rounds=args.rounds)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,7 +80,13 @@ def build_parser() -> argparse.ArgumentParser:
     weights.set_defaults(
         run=lambda args, options: measure_export(options, shard_gb=args.shard_gb, directory=args.directory), rounds=1
     )
-    for kind, rounds in ((step, 20), (save, 20), (loader, 20), (index, 100)):
+    sampler = kinds.add_parser("sampler", help="painting beside running over the whole sequence in each round")
+    sampler.add_argument("--images", type=int, default=4, help="painted together (default 4)")
+    sampler.add_argument("--mar_rounds", type=int, default=32, help="of each painting (default 32)")
+    sampler.add_argument("--steps", type=int, default=25, help="of the head (default 25)")
+    sampler.add_argument("--guidance_scale", type=float, default=2.0, help="1: none (default 2)")
+    sampler.set_defaults(run=_sampler)
+    for kind, rounds in ((sampler, 10), (step, 20), (save, 20), (loader, 20), (index, 100)):
         of = "windows that are planned" if kind is index else "of which medians are taken"
         kind.add_argument("--rounds", type=int, default=rounds, help=f"{of} (default {rounds})")
     return parser

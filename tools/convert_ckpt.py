@@ -13,6 +13,7 @@ makes a directory that transformers loads, and compares the two. `COMMAND --help
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -79,8 +80,15 @@ def _add_to_hf(parser: argparse.ArgumentParser) -> None:
     _add_source(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to make")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are stored)")
-    parser.add_argument("--shard_gb", type=float, default=5.0, help="most that a file of weights has (default: %(default)s)")
+    parser.add_argument("--shard_gb", type=_gigabytes, default=5.0, help="most that a file of weights has (default: %(default)s)")
     parser.set_defaults(run=to_hf)
+
+
+def _gigabytes(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a size above 0")
+    return value
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:

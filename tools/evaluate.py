@@ -17,16 +17,18 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mmar_megatron import parallel, platform
 from mmar_megatron.config import Config, parse_command_line
 from mmar_megatron.data.held_out import HeldOut
 from mmar_megatron.data.shards import Sample
 from mmar_megatron.data.source import DataSource
+from mmar_megatron.diffusion.painting import ImageSampling
 from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.evaluation.scores import TARGETS, loss_scores, missed, shape_scores, table
 from mmar_megatron.evaluation.sheet import write_sheet
-from mmar_megatron.inference.images import ImageSampling, paint
+from mmar_megatron.inference.images import paint
 from mmar_megatron.inference.text import caption
 from mmar_megatron.parallel import ParallelGroups
 from mmar_megatron.training import checkpoint, manifest
@@ -141,7 +143,7 @@ def _held_out(source: DataSource, count: int, *, one_object: bool) -> list[Sampl
     return [held_out.read(places[i]) for i in chosen]
 
 
-def _progress(done: int, rounds: int) -> None:
+def _progress(done: int, rounds: int, _: Tensor) -> None:
     if sys.stderr.isatty():
         print(f"\rpainting, round {done}/{rounds}", end="\n" if done == rounds else "", file=sys.stderr, flush=True)
 

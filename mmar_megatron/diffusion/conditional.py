@@ -54,7 +54,7 @@ def denoising_loss(
 
 
 def draw_tokens(
-    denoise: Denoise, z_KZ: Tensor, *, sampler: Sampler, noise: NoiseSource, guidance_scale: float | None = None
+    denoise: Denoise, z_KZ: Tensor, *, sampler: Sampler, noise: NoiseSource, guidance_scale: float | Tensor | None = None
 ) -> Tensor:
     """Clean tokens [K, C] in fp32.
 
@@ -63,7 +63,7 @@ def draw_tokens(
         z_KZ: conditions; with guidance [2 K, Z], the second half unconditional.
         sampler: the steps.
         noise: for each of them, [K, C].
-        guidance_scale: of classifier-free guidance; none: without.
+        guidance_scale: of classifier-free guidance, also one for each token, [K, 1]; none: without.
     """
 
     def predict(x_KC: Tensor, t_K: Tensor) -> Tensor:

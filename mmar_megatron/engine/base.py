@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmar_megatron.data.batch import Batch
+from mmar_megatron.model.key_values import KeyValueCache
 from mmar_megatron.model.losses import LossSums
 from mmar_megatron.model.mmar_model import MMARModel
 
@@ -89,8 +90,11 @@ class Engine(Protocol):
     def evaluate(self, microbatches: Sequence[Batch]) -> LossResult:
         """Loss sums without learning."""
 
-    def hidden_states(self, batch: Batch) -> Tensor | None:
-        """Final hidden states [S, B, D] on the last pipeline stage, None on the others. For generation."""
+    def hidden_states(self, batch: Batch, *, cache: KeyValueCache | None = None) -> Tensor | None:
+        """Final hidden states [S, B, D] on the last pipeline stage, None on the others. For generation.
+
+        The cache holds, on each rank, keys and values of its layers for what stands before the batch's rows; see `commit`.
+        """
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Within, the model is in evaluation mode, its parameters complete, and no gradients are kept."""

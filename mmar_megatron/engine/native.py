@@ -20,6 +20,7 @@ from mmar_megatron.data.batch import Batch
 from mmar_megatron.engine.average import WeightAverage, under_average_names
 from mmar_megatron.engine.base import Counts, Judge, LossResult, StepResult, finite
 from mmar_megatron.engine.optimizer import build_optimizer, set_learning_rate
+from mmar_megatron.model.key_values import KeyValueCache
 from mmar_megatron.model.losses import LossSums
 from mmar_megatron.model.mmar_model import MMARModel
 from mmar_megatron.parallel import ParallelGroups
@@ -222,11 +223,11 @@ class NativeEngine:
                 if self.overlap_param_gather:
                     chunk.enable_forward_pre_hook()
 
-    def hidden_states(self, batch: Batch) -> Tensor | None:
+    def hidden_states(self, batch: Batch, *, cache: KeyValueCache | None = None) -> Tensor | None:
         """Final hidden states [S, B, D] on the last stage, None on the others; call within `evaluating`."""
 
         def forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Any]:
-            return model(next(iterator), return_hidden=True), lambda hidden, non_loss_data: hidden
+            return model(next(iterator), return_hidden=True, cache=cache), lambda hidden, non_loss_data: hidden
 
         copies = self.groups.pipeline.size() if self.groups.virtual_pipeline_size else 1
         outputs = self._pipeline([batch] * copies, forward_step, forward_only=True, collect_non_loss_data=True)

@@ -112,4 +112,6 @@ def _last_metrics(checkpoint: Path, *, step: int) -> dict[str, Any]:
     for logged in read_metrics(checkpoint.parent.parent):
         if logged["step"] <= step:
             values |= {name: value for name, value in logged.items() if value is not None}
+    if zero := values.get("val_loss_image_zero"):
+        values["val_loss_image_over_zero"] = values["val_loss_image"] / zero
     return values

@@ -27,7 +27,7 @@ from mmar_megatron.hf.card import model_card
 from mmar_megatron.hf.configuration_mmar import MMARConfig
 from mmar_megatron.hf.modeling_mmar import MMARForCausalLM
 from mmar_megatron.hf.names import Heads, Link, join, links, split
-from mmar_megatron.hf.shipping import AUTO_MAP, shipped_code
+from mmar_megatron.hf.shipping import AUTO_MAP, shipped_code, stamped
 from mmar_megatron.hf.storage import CheckpointReader, Pace, TensorSpec, all_or_nothing
 from mmar_megatron.hf.tokenizer_json import hugging_face_files
 from mmar_megatron.hf.weights import INDEX, SINGLE
@@ -61,9 +61,18 @@ class Exportable:
         return heads_of(self.hf_config)
 
     def tensors(self, link: Link) -> dict[str, Tensor]:
-        """The Hugging Face tensors of a link."""
-        tensor = self.reader.read(self.prefix + link.ours, link.layer)
-        return split(link, tensor if self.dtype is None else tensor.to(self.dtype), heads=self.heads)
+        """The Hugging Face tensors of a link.
+
+        Raises:
+            ValueError: `dtype` is too narrow for a value.
+        """
+        stored = self.reader.read(self.prefix + link.ours, link.layer)
+        tensor = stored if self.dtype is None else stored.to(self.dtype)
+        if tensor is not stored and bool((tensor.isinf() & stored.isfinite()).any()):
+            raise ValueError(
+                f"{link.theirs[0]} has the value {stored.abs().max():.4g}, which {tensor.dtype} cannot hold: take another --dtype"
+            )
+        return split(link, tensor, heads=self.heads)
 
     def nbytes(self, link: Link) -> int:
         """Size of these tensors."""
@@ -228,7 +237,7 @@ def export(source: Exportable, out: Path, *, shard_bytes: int = 5 * 10**9, say: 
         say: is told how far it is, every few seconds.
 
     Raises:
-        ValueError: `out` exists.
+        ValueError: `out` exists; or a value does not fit into the source's `dtype`.
         OSError: the disk is too full or cannot be written.
     """
     needed = sum(source.nbytes(link) for link in source.links) + sum(file.stat().st_size for file in copies_of(source).values())
@@ -244,8 +253,8 @@ def export(source: Exportable, out: Path, *, shard_bytes: int = 5 * 10**9, say: 
 def files_of(source: Exportable) -> dict[str, str]:
     """All text files of an export: name -> content."""
     ids = {role: getattr(source.tokenizer, f"{role}_id") for role in SPECIAL_TOKENS}
-    files = {**shipped_code(), **hugging_face_files(source.tokenizer, source.tokenizer_file.read_bytes())}
-    files["config.json"] = _as_json(_config_dict(source))
+    files = {**stamped(shipped_code()), **hugging_face_files(source.tokenizer, source.tokenizer_file.read_bytes())}
+    files["config.json"] = config_json(source)
     files["generation_config.json"] = _as_json(_generation(source, ids))
     files["processor_config.json"] = _as_json(
         {
@@ -279,17 +288,17 @@ def codec_settings(codec: ImageCodec) -> dict[str, Any]:
     return {"kind": "vae", **settings, "shift": codec.shift.tolist(), "scale": codec.scale.tolist()}
 
 
-def _config_dict(source: Exportable) -> dict[str, Any]:
+def config_json(source: Exportable) -> str:
+    """`config.json` of an export."""
     tensors = source.reader.tensors
     dtype = source.dtype or tensors[f"{source.prefix}embedding.word_embeddings.weight"].dtype
-    values = source.hf_config.to_diff_dict()
-    return {
-        **values,
+    settings = {
         "architectures": ["MMARForCausalLM"],
         "auto_map": AUTO_MAP,
         "dtype": str(dtype).removeprefix("torch."),
         "mmar_megatron_version": platform.versions()["mmar_megatron"],
     }
+    return _as_json({**source.hf_config.to_diff_dict(), **settings})
 
 
 def _generation(source: Exportable, ids: Mapping[str, int]) -> dict[str, Any]:

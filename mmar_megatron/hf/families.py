@@ -183,7 +183,7 @@ def _backbone(config: Mapping[str, Any], *, family: str) -> dict[str, Any]:
         "num_query_groups": config.get("num_key_value_heads") or heads,
         "kv_channels": head_dim,
         "ffn_hidden_size": _required(config, "intermediate_size"),
-        "layernorm_epsilon": float(config.get("rms_norm_eps", 1e-6)),
+        "layernorm_epsilon": _number(config, "rms_norm_eps", 1e-6),
         "add_qkv_bias": family == "qwen2",
         "qk_layernorm": family == "qwen3",
     }
@@ -195,6 +195,12 @@ def _required(config: Mapping[str, Any], name: str) -> int:
     return value
 
 
+def _number(config: Mapping[str, Any], name: str, default: float) -> float:
+    if not isinstance(value := config.get(name, default), int | float):
+        raise ValueError(f"{name} is {value}, but must be a number: give the config.json that came with the weights")
+    return float(value)
+
+
 def _refuse_other_networks(config: Mapping[str, Any]) -> None:
     _refuse_quantized(config)
     refused: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -203,6 +209,7 @@ def _refuse_other_networks(config: Mapping[str, Any]) -> None:
         "hidden_act": (lambda act: act not in (None, "silu", "swish"), "the feed-forward layers are gated by silu"),
         "num_experts": (bool, "the backbone is dense"),
         "num_local_experts": (bool, "the backbone is dense"),
+        "is_causal": (lambda causal: causal is False, "text is read from left to right"),
     }
     for name, (is_other, reason) in refused.items():
         if is_other(config.get(name)):
@@ -217,23 +224,28 @@ def _refuse_quantized(config: Mapping[str, Any]) -> None:
 def _rotary(config: Mapping[str, Any]) -> dict[str, Any]:
     """`rotary_base` and `rotary_scaling`, from the forms of transformers 4 (`rope_theta`, `rope_scaling`) and 5."""
     in_fives, in_fours = config.get("rope_parameters"), config.get("rope_scaling")
+    if in_fives and in_fours and in_fives != in_fours:  # versions of transformers disagree on which one it is
+        raise ValueError("rope_parameters and rope_scaling differ: give the config.json that came with the weights")
     where, given = ("rope_parameters", in_fives) if in_fives else ("rope_scaling", in_fours or {})
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{where} is {given}, but must be a table: give the config.json that came with the weights")
     kind = given.get("rope_type", given.get("type", "default"))
     if not isinstance(kind, str) or any(isinstance(value, dict) for value in given.values()):
         raise ValueError(f"{where} has several rotary embeddings, and all our layers have the same one: give another model")
     if (share := given.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) not in (None, 1.0):
         raise ValueError(f"partial_rotary_factor is {share}, but all channels of a head turn: give another model")
-    base = given.get("rope_theta", config.get("rope_theta", _DEFAULT_ROTARY_BASE))
+    base = _number(given if "rope_theta" in given else config, "rope_theta", _DEFAULT_ROTARY_BASE)
     if kind == "default":
-        return {"rotary_base": float(base), "rotary_scaling": {"scaling": "none"}}
+        return {"rotary_base": base, "rotary_scaling": {"scaling": "none"}}
     if kind not in _SCALED_BY:
         raise ValueError(f"{where}.rope_type is {kind}, which is none of default, {', '.join(_SCALED_BY)}: give another model")
     for name in _SCALED_BY[kind].values():
         if given.get(name) is None:
             raise ValueError(f"{where} is of the type {kind}, but has no {name}: give the config.json that came with the weights")
-    arguments = {ours: given[theirs] for ours, theirs in _SCALED_BY[kind].items()}
-    floats = {name: value if name == "original_max_position" else float(value) for name, value in arguments.items()}
-    return {"rotary_base": float(base), "rotary_scaling": {"scaling": kind, **floats}}
+    arguments: dict[str, float] = {ours: _number(given, theirs, 0.0) for ours, theirs in _SCALED_BY[kind].items()}
+    if "original_max_position" in arguments:
+        arguments["original_max_position"] = int(arguments["original_max_position"])
+    return {"rotary_base": base, "rotary_scaling": {"scaling": kind, **arguments}}
 
 
 def _relevant(rotary: Mapping[str, Any]) -> dict[str, Any]:

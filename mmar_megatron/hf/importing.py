@@ -121,6 +121,8 @@ def import_model(
     for made, option in ((out, "--out"), (write_config, "--write-config")):
         if made is not None and made.exists():
             raise ValueError(f"{made} exists: remove it or choose another {option}")
+    if write_config is not None and write_config.absolute() == out.absolute():
+        raise ValueError(f"--out and --write-config are both {out}: choose another --write-config")
     pretrained = read_pretrained(hf)
     weights = HuggingFaceWeights(hf)
     written = _section_for(pretrained, tokenizer=str(hf)) if write_config else None
@@ -269,8 +271,12 @@ def _facts(command: CommandLine, **fingerprints: str) -> dict[str, Any]:
 def _write_whole(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.partial")
-    partial.write_text(text)
-    partial.rename(file)
+    try:
+        partial.write_text(text)
+        partial.rename(file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 # --- the model's tensors --------------------------------------------------------------------------------------------------------

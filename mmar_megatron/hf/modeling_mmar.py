@@ -16,10 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,12 +27,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmar_megatron.diffusion.conditional import denoising_loss, draw_tokens
+from mmar_megatron.diffusion.painting import ImageSampling, paint_tokens
 from mmar_megatron.diffusion.parameterization import Parameterization
-from mmar_megatron.diffusion.rounds import cosine_rounds, image_generator, random_order
-from mmar_megatron.diffusion.sampler import Sampler
+from mmar_megatron.diffusion.sampler import NoiseSource
 from mmar_megatron.diffusion.schedule import NoiseSchedule
 from mmar_megatron.hf.configuration_mmar import MMARConfig
 from mmar_megatron.model.head import DiffusionHead
+from mmar_megatron.model.key_values import KeyValueCache
 from mmar_megatron.model.rotary import inverse_frequencies
 from mmar_megatron.model.vision import EmbeddingViT, PositionEmbedding2D, Projector, embed_images
 
@@ -146,30 +145,6 @@ class MMARDecoderLayer(GradientCheckpointingLayer):
         return h_BSD + self.mlp(self.post_attention_layernorm(h_BSD))
 
 
-class PrefixCache:
-    """Keys and values of what stands before an image, computed once: those of the image itself change with each round."""
-
-    def __init__(self) -> None:
-        self._layers: list[tuple[Tensor, Tensor]] = []
-        self._complete = False
-
-    def complete(self) -> None:
-        """From here on nothing is kept."""
-        self._complete = True
-
-    def get_seq_length(self) -> int:
-        """Positions in it."""
-        return self._layers[0][0].shape[2] if self._complete else 0
-
-    def update(self, key_BGSE: Tensor, value_BGSE: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """All keys and values that a layer's queries may see."""
-        if not self._complete:
-            self._layers.append((key_BGSE, value_BGSE))
-            return key_BGSE, value_BGSE
-        before_key, before_value = self._layers[layer]
-        return torch.cat((before_key, key_BGSE), dim=2), torch.cat((before_value, value_BGSE), dim=2)
-
-
 class MMARPreTrainedModel(PreTrainedModel):
     """What transformers must know of both classes below."""
 
@@ -244,6 +219,10 @@ class MMARModel(MMARPreTrainedModel):
         shape = (self.config.num_image_tokens, self.config.image["channels"])
         if tuple(latents_MNC.shape[1:]) != shape:
             raise ValueError(f"image_latents are {tuple(latents_MNC.shape)}, but must be [images, {shape[0]}, {shape[1]}]")
+        if masked_MN is not None and (masked_MN.shape != latents_MNC.shape[:2] or masked_MN.dtype != torch.bool):
+            raise ValueError(
+                f"image_masked is {masked_MN.dtype} {tuple(masked_MN.shape)}, but must be bool {tuple(latents_MNC.shape[:2])}"
+            )
         image_MND = self.embed_images(latents_MNC, masked_MN=masked_MN)
         return h_BSD.masked_scatter(is_image_BS[..., None], image_MND.to(h_BSD.dtype))
 
@@ -498,11 +477,18 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, image_latents: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Called by `generate` before each pass: images go with the pass that reads their tokens, and with no other."""
+        """Called by `generate` before each pass: images go with the pass that reads their tokens, and with no other.
+
+        Raises:
+            ValueError: the prompts are padded on the right.
+        """
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
         inputs.pop("cache_position", None)  # transformers 4 gives it; here it follows from the cache
-        read = inputs.get("input_ids")
-        if read is not None and (read == self.config.image_token_id).any():
+        read, mask, cache = (inputs.get(name) for name in ("input_ids", "attention_mask", CACHE_NAME))
+        if mask is not None and not bool(mask[:, -1].all()):
+            raise ValueError("prompts are padded on the right, and their text would go on behind the padding: pad on the left")
+        # A pass from the beginning gets them in any case, so that images which no token stands for are told.
+        if cache is None or cache.get_seq_length() == 0 or (read is not None and (read == self.config.image_token_id).any()):
             inputs["image_latents"] = image_latents
         return inputs
 
@@ -543,6 +529,8 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
         rounds: int = 16,
         steps: int | None = None,
         sampler: str | None = None,
+        order: str = "random",
+        guidance_schedule: str = "constant",
         temperature: float = 1.0,
         seed: int = 0,
         first_number: int = 0,
@@ -556,14 +544,16 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: [B, S], prompts that end in begin_image_token_id, as `processor.to_paint` makes them; padded on the left.
-            attention_mask: [B, S], 0 at padding.
+            attention_mask: [B, S], 0 at padding; none: pad_token_id is padding.
             image_latents: [M, N, C], of images within the prompts.
             start_latents: [B, N, C], images to be changed (inpainting); none: they begin empty.
             redraw: bool [B, N], which of their tokens to draw anew; needs start_latents.
             guidance_scale: of classifier-free guidance, against a prompt without text; 1: none.
             rounds: runs of the backbone; images with fewer tokens to draw take as many as these.
             steps: runs of the head for each token; none: as the config says.
-            sampler: ddim or ancestral; none: as the config says.
+            sampler: of the head; none: as the config says.
+            order: in which tokens are drawn, random or raster (row by row).
+            guidance_schedule: constant, or linear: it grows with the share of the image that is drawn, as MAR has it.
             temperature: scales the noise.
             seed: of order and noise.
             first_number: number of the first image, where a longer list is painted in parts.
@@ -576,52 +566,43 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
             ValueError: a prompt does not end in begin_image_token_id; shapes do not fit; no such rounds, steps or sampler.
             FloatingPointError: what was drawn is not finite.
         """
-        config, device = self.config, self.model.mask_embedding.device
-        num_images, num_tokens, channels = len(input_ids), config.num_image_tokens, config.image["channels"]
+        config = self.config
         if input_ids.shape[1] < 2 or (input_ids[:, -1] != config.begin_image_token_id).any():
             raise ValueError(
                 "each prompt must be bos_token_id, text, begin_image_token_id, padded on the left: see processor.to_paint"
             )
-        latents_BNC, masked_BN = self._start(start_latents, redraw, shape=(num_images, num_tokens, channels))
-        kind: Any = config.diffusion["sampler"] if sampler is None else sampler
-        head_sampler = Sampler(
-            schedule=self.schedule,
-            parameterization=self.parameterization,
-            steps=config.diffusion["sampling_steps"] if steps is None else steps,
-            kind=kind,
-            temperature=temperature,
-        )
-        scale = None if guidance_scale == 1.0 else guidance_scale
-        prefix = self._prefix(input_ids, attention_mask, image_latents, guided=scale is not None)
+        choices: dict[str, Any] = {
+            "steps": config.diffusion["sampling_steps"] if steps is None else steps,
+            "sampler": config.diffusion["sampler"] if sampler is None else sampler,
+            "order": order,
+            "guidance_schedule": guidance_schedule,
+        }
+        sampling = ImageSampling(rounds=rounds, guidance_scale=guidance_scale, temperature=temperature, seed=seed, **choices)
+        head_sampler = sampling.head_sampler(schedule=self.schedule, parameterization=self.parameterization)
+        shape = (len(input_ids), config.num_image_tokens, config.image["channels"])
+        latents_BNC, masked_BN = self._start(start_latents, redraw, shape=shape)
+        prompt = self._read_prompts(input_ids, attention_mask, image_latents, guided=sampling.guided)
 
-        plans = [
-            plan_rounds(masked_N, rounds=rounds, seed=seed, image=first_number + b)
-            for b, masked_N in enumerate(masked_BN.cpu().numpy())
-        ]
-        for number in range(1, rounds + 1):
-            chosen = [plan[number - 1] if number <= len(plan) else np.empty(0, dtype=np.int64) for plan in plans]
-            counts = [len(places) for places in chosen]
-            if any(counts):
-                row_K = torch.arange(num_images).repeat_interleave(torch.tensor(counts)).to(device)
-                place_K = torch.from_numpy(np.concatenate(chosen)).to(device)
-                streams = [image_generator(seed, image=first_number + b, round_number=number) for b in range(num_images)]
-                z_KZ = self._conditions(prefix, latents_BNC, masked_BN, row_K, place_K)
-                drawn_KC = draw_tokens(
-                    self.denoise,
-                    z_KZ,
-                    sampler=head_sampler,
-                    noise=partial(_noise, streams=streams, counts=counts, channels=channels, device=device),
-                    guidance_scale=scale,
-                )
-                if not bool(drawn_KC.isfinite().all()):
-                    raise FloatingPointError(
-                        "The image tokens just drawn are not finite: the weights or the guidance scale are unfit."
-                    )
-                latents_BNC[row_K, place_K] = drawn_KC
-                masked_BN[row_K, place_K] = False
-            if progress is not None:
-                progress(number, rounds, latents_BNC)
-        return latents_BNC
+        def draw(
+            latents_BNC: Tensor,
+            masked_BN: Tensor,
+            *,
+            row_K: Tensor,
+            place_K: Tensor,
+            noise: NoiseSource,
+            guidance_scale_K1: Tensor | None,
+        ) -> Tensor:
+            z_KZ = self._conditions(prompt, latents_BNC, masked_BN, row_K, place_K)
+            return draw_tokens(self.denoise, z_KZ, sampler=head_sampler, noise=noise, guidance_scale=guidance_scale_K1)
+
+        return paint_tokens(
+            draw,
+            latents_BNC=latents_BNC,
+            masked_BN=masked_BN,
+            sampling=sampling,
+            first_number=first_number,
+            progress=progress,
+        )
 
     def _start(
         self, start_latents: Tensor | None, redraw: Tensor | None, *, shape: tuple[int, int, int]
@@ -635,30 +616,30 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"start_latents are {tuple(start_latents.shape)} and redraw {tuple(redraw.shape)}, not {shape} and {shape[:2]}"
             )
-        return start_latents.to(device, torch.float32, copy=True), redraw.to(device, torch.bool, copy=True)
+        return start_latents.to(device, torch.float32), redraw.to(device, torch.bool)
 
-    def _prefix(
+    def _read_prompts(
         self, input_ids: Tensor, attention_mask: Tensor | None, image_latents: Tensor | None, *, guided: bool
-    ) -> tuple[PrefixCache, Tensor]:
-        """Keys and values of the prompts, and which of their positions are not padding; with guidance the prompts without text,
-        as dropped captions in training, follow as a second half."""
-        valid_BP = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    ) -> KeyValueCache:
+        """Keys and values of the prompts; with guidance they stand there twice, then without text."""
+        valid_BP = (input_ids != self.config.pad_token_id).long() if attention_mask is None else attention_mask
         if guided:
             without = torch.full_like(input_ids, self.config.pad_token_id)
             without[:, -2], without[:, -1] = self.config.bos_token_id, self.config.begin_image_token_id
             valid_without = torch.zeros_like(valid_BP)
             valid_without[:, -2:] = 1
             input_ids, valid_BP = torch.cat((input_ids, without)), torch.cat((valid_BP, valid_without))
-        cache = PrefixCache()
+        cache = KeyValueCache()
         self(input_ids, attention_mask=valid_BP, cache=cache, image_latents=image_latents, logits_to_keep=1)
-        cache.complete()
-        return cache, valid_BP.bool()
+        cache.commit(valid_BP.bool())
+        return cache
 
     def _conditions(
-        self, prefix: tuple[PrefixCache, Tensor], latents_BNC: Tensor, masked_BN: Tensor, row_K: Tensor, place_K: Tensor
+        self, prompt: KeyValueCache, latents_BNC: Tensor, masked_BN: Tensor, row_K: Tensor, place_K: Tensor
     ) -> Tensor:
         """The head's conditions at these tokens [K, Z]; of both halves where there are two, [2 K, Z]."""
-        cache, valid_BP = prefix
+        valid_BP = prompt.valid_BT
+        assert valid_BP is not None
         halves = len(valid_BP) // len(latents_BNC)
         num_tokens = latents_BNC.shape[1]
         image_BND = self.model.embed_images(latents_BNC, masked_MN=masked_BN).to(self.model.embed_tokens.weight.dtype)
@@ -668,27 +649,7 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
             span_ids_BS=torch.zeros_like(position_BN),
             valid_BT=F.pad(valid_BP, (0, num_tokens), value=True),
             position_ids_BS=position_BN,
-            cache=cache,
+            cache=prompt,
         )
         h_KD = torch.cat([half[row_K, place_K] for half in h_BND.chunk(halves)])
         return self.post_projector(h_KD)
-
-
-def plan_rounds(masked_N: np.ndarray, *, rounds: int, seed: int, image: int) -> list[np.ndarray]:
-    """The places that each round of an image draws: those masked, in random order, few at first."""
-    order = random_order(len(masked_N), seed=seed, image=image)
-    order = order[masked_N[order]]
-    if not len(order):
-        return []
-    stretches = cosine_rounds(len(order), rounds=rounds if masked_N.all() else min(rounds, len(order)))
-    return [order[begin:end] for begin, end in stretches]
-
-
-def _noise(_: int, *, streams: list[np.random.Generator], counts: list[int], channels: int, device: torch.device) -> Tensor:
-    """Of all images behind each other, [K, C]; each call goes on in the images' streams."""
-    drawn = [
-        stream.standard_normal((count, channels), dtype=np.float32)
-        for stream, count in zip(streams, counts, strict=True)
-        if count
-    ]
-    return torch.from_numpy(np.concatenate(drawn)).to(device)

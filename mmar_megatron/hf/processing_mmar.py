@@ -140,11 +140,11 @@ class MMARProcessor(ProcessorMixin):
             return_tensors: "pt".
 
         Raises:
-            ValueError: as `__call__`; turns are not by user and assistant in turn.
+            ValueError: as `__call__`; turns are not by user and assistant in turn, or not text.
         """
         rows, labels = [], []
         for turns in conversations:
-            _check_roles([turn["role"] for turn in turns])
+            _check_turns(turns)
             row, learned = [self.special_tokens["bos"]], [IGNORE]
             for turn in turns:
                 if turn["role"] == "system":
@@ -321,7 +321,11 @@ class MMARProcessor(ProcessorMixin):
         return self._autoencoder
 
 
-def _check_roles(roles: list[str]) -> None:
+def _check_turns(conversation: Sequence[dict[str, str]]) -> None:
+    for turn in conversation:
+        if not isinstance(turn["content"], str):
+            raise ValueError(f"the content of a turn is a {type(turn['content']).__name__}: give text, with <image> for an image")
+    roles = [turn["role"] for turn in conversation]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != (["user", "assistant"] * len(turns))[: len(turns)]:
         raise ValueError(f"the turns of a conversation are by {', '.join(roles) or 'nobody'}: user and assistant must take turns")

@@ -5,18 +5,27 @@ from __future__ import annotations
 import filecmp
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mmar_megatron.hf.exporting import Exportable, copies_of, files_of
+from mmar_megatron.hf.exporting import Exportable, config_json, copies_of, files_of
 from mmar_megatron.hf.storage import Pace
 from mmar_megatron.hf.weights import HuggingFaceWeights
 
+_WORDS = "model.embed_tokens.weight"
 _MAY_DIFFER = ("README.md",)
 """Made to be written on."""
+_VERSIONS = ("transformers_version", "mmar_megatron_version")
+_BESIDE = frozenset(
+    (
+        *("use_cache", "auto_map", "backend", "is_local", "local_files_only", "model_max_length", "extra_special_tokens"),
+        *("added_tokens_decoder", *_VERSIONS),
+    )
+)
+"""Fields of JSON files that transformers writes beside those of an export when it saves what it has loaded."""
 
 
 @dataclass(kw_only=True)
@@ -72,11 +81,14 @@ def compare(source: Exportable, directory: Path, *, say: Callable[[str], None] =
                 continue
             found.tensors += 1
             difference = _difference(ours, weights.read(name))
-            if difference > 0:
+            if difference is not None:
                 found.different[name] = difference
         pace.done(source.nbytes(link))
     found.extra = sorted(unseen)
-    for name, text in files_of(source).items():
+    files = files_of(source)
+    if _WORDS in weights.specs:  # they may have been exported in another type than they are stored in
+        files["config.json"] = config_json(replace(source, dtype=weights.specs[_WORDS].dtype))
+    for name, text in files.items():
         if not (directory / name).is_file() or (name not in _MAY_DIFFER and not _is(directory / name, text)):
             found.files.append(name)
     for name, file in copies_of(source).items():
@@ -85,10 +97,11 @@ def compare(source: Exportable, directory: Path, *, say: Callable[[str], None] =
     return found
 
 
-def _difference(ours: Tensor, theirs: Tensor) -> float:
+def _difference(ours: Tensor, theirs: Tensor) -> float | None:
+    """None where the bits are the same: 0 is not -0 then, and what is no number is itself."""
     ours = ours.to(theirs.dtype)
-    if torch.equal(ours, theirs):
-        return 0.0
+    if torch.equal(ours.flatten().view(torch.uint8), theirs.flatten().view(torch.uint8)):
+        return None
     largest = (ours.double() - theirs.double()).abs().max().item()
     return largest / max(ours.double().abs().max().item(), 1e-30) if largest == largest else float("inf")
 
@@ -98,6 +111,10 @@ def _is(file: Path, text: str) -> bool:
     found = file.read_text()
     if file.suffix != ".json":
         return found == text
-    expected, there = json.loads(text), json.loads(found)
-    ignored = ("dtype", "transformers_version", "mmar_megatron_version")
-    return {k: v for k, v in expected.items() if k not in ignored}.items() <= there.items() if isinstance(there, dict) else False
+    try:
+        expected, there = json.loads(text), json.loads(found)
+    except ValueError:
+        return False
+    if not isinstance(there, dict) or there.keys() - expected.keys() - _BESIDE:
+        return False
+    return all(name in there and there[name] == value for name, value in expected.items() if name not in _VERSIONS)

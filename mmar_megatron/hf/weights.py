@@ -49,8 +49,8 @@ def _places(directory: Path) -> dict[str, Path]:
     if not (directory / INDEX).is_file():
         raise ValueError(_what_is_there_instead(directory))
     try:
-        shard_of: dict[str, str] = json.loads((directory / INDEX).read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+        shard_of = {name: str(shard) for name, shard in json.loads((directory / INDEX).read_text())["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{directory / INDEX} makes no sense: copy it again") from error
     there = {}
     for shard in sorted(set(shard_of.values())):

@@ -17,6 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from mmar_megatron.model.key_values import KeyValueCache
 from mmar_megatron.model.rotary import inverse_frequencies
 
 
@@ -33,6 +34,11 @@ def mixed_attention_allowed(*, document_ids_BS: Tensor, span_ids_BS: Tensor) -> 
     return same_document_BSS & (causal_SS | same_span_BSS)
 
 
+def kept_allowed(valid_BT: Tensor, *, document_ids_BS: Tensor) -> Tensor:
+    """Which of the keys kept from before each query may attend to, bool [B, S, T]: all that are not padding."""
+    return valid_BT[:, None, :] & (document_ids_BS >= 0)[:, :, None]
+
+
 def attention_bias(allowed_BSS: Tensor, *, dtype: torch.dtype) -> Tensor:
     """Additive form [B, 1, S, S] of a mask: 0 where allowed, else -inf.
 
@@ -45,9 +51,15 @@ def attention_bias(allowed_BSS: Tensor, *, dtype: torch.dtype) -> Tensor:
 class MixedAttention(MegatronModule):
     """`core_attention` of a megatron-core layer spec: attention under an additive mask, by torch's fused kernels."""
 
-    def __init__(self, config: TransformerConfig, *, softmax_scale: float | None = None, **unused: Any) -> None:
-        # megatron-core passes every core attention layer_number, attn_mask_type, attention_type and process groups as well.
+    cache: KeyValueCache | None = None
+    """Keys and values before those of this pass; set for the time of it, since megatron-core hands nothing of the kind down."""
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, *, softmax_scale: float | None = None, **unused: Any
+    ) -> None:
+        # megatron-core passes every core attention attn_mask_type, attention_type and process groups as well.
         super().__init__(config=config)
+        self.layer_number = layer_number
         self.softmax_scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
         self.dropout = config.attention_dropout
 
@@ -57,12 +69,14 @@ class MixedAttention(MegatronModule):
         Args:
             query_SBHD: queries of this rank's heads.
             key_SBGD, value_SBGD: keys and values; each group serves H / G heads.
-            attention_mask: additive, [B, 1, S, S].
+            attention_mask: additive, [B, 1, S, S]; with a cache of T positions [B, 1, S, T + S].
 
         Returns:
             [S, B, H * D].
         """
         query, key, value = (rearrange(x, "s b h d -> b h s d") for x in (query_SBHD, key_SBGD, value_SBGD))
+        if self.cache is not None:
+            key, value = self.cache.update(key, value, self.layer_number)
         attend = partial(
             F.scaled_dot_product_attention,
             attn_mask=attention_mask,

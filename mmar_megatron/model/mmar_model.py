@@ -8,6 +8,8 @@ megatron-core is [S, B, D].
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import torch
@@ -30,11 +32,12 @@ from mmar_megatron.data.batch import IGNORE, Batch
 from mmar_megatron.diffusion.conditional import denoising_loss
 from mmar_megatron.diffusion.parameterization import Parameterization, check_compatible
 from mmar_megatron.diffusion.schedule import NoiseSchedule
-from mmar_megatron.model.attention import attention_bias, mixed_attention_allowed, rotary_angles
+from mmar_megatron.model.attention import attention_bias, kept_allowed, mixed_attention_allowed, rotary_angles
 from mmar_megatron.model.embedding import MultimodalEmbedding
 from mmar_megatron.model.head import DiffusionHead
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.model.initialization import initialize_backbone, seeded
+from mmar_megatron.model.key_values import KeyValueCache
 from mmar_megatron.model.layer_specs import block_spec
 from mmar_megatron.model.losses import LossSums, bucketed
 from mmar_megatron.model.vision import Projector
@@ -138,32 +141,47 @@ class MMARModel(LanguageModule):
         """Called by megatron-core's schedules: the previous stage's output."""
         self.decoder.set_input_tensor(input_tensor[0])
 
-    def forward(self, batch: Batch, *, return_hidden: bool = False) -> Tensor | LossSums:
+    def forward(self, batch: Batch, *, return_hidden: bool = False, cache: KeyValueCache | None = None) -> Tensor | LossSums:
         """One stage's forward pass.
 
         Args:
             batch: the microbatch, on this device; every stage reads what it needs of it.
             return_hidden: on the last stage, give the final hidden states instead of the losses (for generation).
+            cache: keys and values of what stands before the batch's rows (for generation).
 
         Returns:
             On the last stage `LossSums`, or [S, B, D] with `return_hidden`; on the others the hidden states for the next.
         """
         backbone = self.settings.backbone
-        allowed_BSS = mixed_attention_allowed(document_ids_BS=batch.document_ids_BS, span_ids_BS=batch.span_ids_BS)
-        h_SBD = self.decoder(
-            hidden_states=self.embedding(batch) if self.pre_process else None,
-            attention_mask=attention_bias(allowed_BSS, dtype=backbone.params_dtype),
-            rotary_pos_emb=rotary_angles(
-                batch.position_ids_BS,
-                head_dim=backbone.kv_channels,
-                base=self.settings.rotary_base,
-                **asdict(self.settings.rotary_scaling),
-            ),
-        )
+        allowed_BST = mixed_attention_allowed(document_ids_BS=batch.document_ids_BS, span_ids_BS=batch.span_ids_BS)
+        if cache is not None and cache.valid_BT is not None:
+            allowed_BST = torch.cat((kept_allowed(cache.valid_BT, document_ids_BS=batch.document_ids_BS), allowed_BST), dim=2)
+        with self._attending_to(cache):
+            h_SBD = self.decoder(
+                hidden_states=self.embedding(batch) if self.pre_process else None,
+                attention_mask=attention_bias(allowed_BST, dtype=backbone.params_dtype),
+                rotary_pos_emb=rotary_angles(
+                    batch.position_ids_BS,
+                    head_dim=backbone.kv_channels,
+                    base=self.settings.rotary_base,
+                    **asdict(self.settings.rotary_scaling),
+                ),
+            )
         if not self.post_process:
             return h_SBD
         h_SBD = self._enter_heads(h_SBD)
         return h_SBD if return_hidden else self._losses(h_SBD, batch=batch)
+
+    @contextmanager
+    def _attending_to(self, cache: KeyValueCache | None) -> Iterator[None]:
+        attentions = [layer.self_attention.core_attention for layer in self.decoder.layers]
+        for attention in attentions:
+            attention.cache = cache
+        try:
+            yield
+        finally:
+            for attention in attentions:
+                attention.cache = None
 
     def _enter_heads(self, h_SBD: Tensor) -> Tensor:
         """Full hidden states on each tensor-parallel rank; backward sums the ranks' gradients, which from here on are parts."""

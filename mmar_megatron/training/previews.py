@@ -12,8 +12,9 @@ from PIL import Image
 from mmar_megatron.config import PreviewConfig
 from mmar_megatron.data.held_out import HeldOut
 from mmar_megatron.data.source import DataSource
+from mmar_megatron.diffusion.painting import ImageSampling
 from mmar_megatron.engine.base import Engine
-from mmar_megatron.inference.images import ImageSampling, paint
+from mmar_megatron.inference.images import paint
 from mmar_megatron.parallel import ParallelGroups
 
 

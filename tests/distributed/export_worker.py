@@ -17,7 +17,8 @@ from einops import rearrange
 from mmar_megatron import parallel
 from mmar_megatron.config import CheckpointConfig
 from mmar_megatron.data.batch import IGNORE
-from mmar_megatron.inference.images import ImageSampling, paint
+from mmar_megatron.diffusion.painting import ImageSampling
+from mmar_megatron.inference.images import paint
 from mmar_megatron.inference.text import caption
 from mmar_megatron.training import checkpoint
 from mmar_megatron.training.saving import CheckpointWriter

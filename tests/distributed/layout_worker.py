@@ -17,7 +17,8 @@ import torch
 
 from mmar_megatron import parallel
 from mmar_megatron.data.batch import Batch
-from mmar_megatron.inference.images import ImageSampling, paint
+from mmar_megatron.diffusion.painting import ImageSampling
+from mmar_megatron.inference.images import paint
 from mmar_megatron.inference.text import caption
 from tests.distributed.common import build, command, means, one_document_a_row, train
 from tests.distributed.gradients import keeping_gradients, stir

@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "hf": CORE | {"training"},
     "generation": CORE | {"training", "hf"},
     "chaos": BASE | {"training.metrics"},
-    "benchmarks": CORE | {"training", "scaling", "hf"},
+    "benchmarks": CORE | {"training", "inference", "scaling", "hf"},
     "pretrain_mmar": CORE | {"training", "inference", "scaling", "evaluation"},
     "tools": CORE | {"training", "inference", "scaling", "evaluation", "hf", "generation", "chaos", "benchmarks"},
 }

@@ -122,6 +122,15 @@ def test_sliding_window(config: dict[str, Any], window: int | None) -> None:
         (LLAMA | {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "has several rotary embeddings"),
         (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, but all channels of a head turn"),
         (LLAMA | {"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor is 0.25"),
+        (LLAMA | {"is_causal": False}, "is_causal is False, but text is read from left to right"),
+        (LLAMA | {"rms_norm_eps": None}, "rms_norm_eps is None, but must be a number"),
+        (LLAMA | {"rope_theta": "10000"}, "rope_theta is 10000, but must be a number"),
+        (LLAMA | {"rope_scaling": "linear"}, "rope_scaling is linear, but must be a table"),
+        (LLAMA | {"rope_scaling": {"type": "linear", "factor": "2"}}, "factor is 2, but must be a number"),
+        (
+            LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 5e5}},
+            "rope_parameters and rope_scaling differ",
+        ),
     ],
 )
 def test_other_networks_are_refused(config: dict[str, Any], message: str, tmp_path: Path) -> None:

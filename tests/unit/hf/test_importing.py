@@ -278,6 +278,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "half a shard": (cut_off, "model-00002-of-00002.safetensors is cut off or no file of weights: copy it again"),
     "wrong index": (name_another_tensor, "has no tensor model.norm.bias, though model.safetensors.index.json says so"),
     "damaged index": (lambda hf: (hf / "model.safetensors.index.json").write_text("[]"), "index.json makes no sense"),
+    "index of no names": (
+        lambda hf: (hf / "model.safetensors.index.json").write_text('{"weight_map": [1]}'),
+        "index.json makes no sense",
+    ),
     "no index": (without_index, "has shards of weights, but no model.safetensors.index"),
     "pickle": (pickled_alone, "has its weights in pytorch_model.bin alone, which could run as a program: convert it"),
     "no weights": (

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, Trainer, TrainingArguments
 
-from mmar_megatron.hf.modeling_mmar import MMARForCausalLM, mixed_attention_bias, plan_rounds, span_ids
-from tests.unit.hf.tiny import BEGIN, BOS, EOS, IMAGE, ONE_IMAGE, C, N, latents, padded, tiny_config, tiny_model
+from mmar_megatron.diffusion.painting import ImageSampling, plan_rounds
+from mmar_megatron.hf.modeling_mmar import MMARForCausalLM, mixed_attention_bias, span_ids
+from tests.unit.hf.tiny import BEGIN, BOS, EOS, IMAGE, ONE_IMAGE, PAD, C, N, latents, padded, tiny_config, tiny_model
 
 ROWS: list[tuple[list[int], int]] = [
     ([BOS, 20, 21, *ONE_IMAGE, 30, 31], 1),
@@ -132,6 +133,11 @@ def test_mask_of_a_continued_sequence_is_the_end_of_the_whole_one() -> None:
         ({"attention_mask": torch.ones(1, 1, 16, 16)}, r"attention_mask must be \[B, T\]"),
         ({"attention_mask": torch.ones(1, 3)}, r"attention_mask is \(1, 3\), but there are 1 rows of 16 positions"),
         ({"input_ids": None}, "give input_ids"),
+        (
+            {"image_masked": torch.ones(2, N, dtype=torch.bool)},
+            r"image_masked is torch\.bool \(2, 9\), but must be bool \(1, 9\)",
+        ),
+        ({"image_masked": torch.ones(1, N)}, r"image_masked is torch\.float32 \(1, 9\), but must be bool"),
     ],
 )
 def test_what_does_not_fit_is_told(model: MMARForCausalLM, changes: dict[str, Any], message: str) -> None:
@@ -175,6 +181,18 @@ def test_a_static_cache_is_refused(model: MMARForCausalLM) -> None:
         model.generate(**alone(0), max_new_tokens=3, cache_implementation="static")
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_images_that_no_token_stands_for_are_told(use_cache: bool, model: MMARForCausalLM) -> None:
+    with pytest.raises(ValueError, match="input_ids have the tokens of 0 images, but image_latents hold 1"):
+        model.generate(torch.tensor([[BOS, 7, 8]]), image_latents=latents(1), max_new_tokens=2, use_cache=use_cache)
+
+
+def test_prompts_that_are_padded_on_the_right_are_refused(model: MMARForCausalLM) -> None:
+    rows = {"input_ids": torch.tensor([[BOS, 7, PAD], [BOS, 7, 8]]), "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}
+    with pytest.raises(ValueError, match="prompts are padded on the right"):
+        model.generate(**rows, max_new_tokens=2)
+
+
 # --- painting -------------------------------------------------------------------------------------------------------------------
 
 
@@ -190,6 +208,13 @@ def test_a_picture_is_the_same_in_any_company(model: MMARForCausalLM, options: d
     assert not torch.allclose(together, other, atol=1e-2)
 
 
+def test_padding_is_found_without_a_mask(model: MMARForCausalLM) -> None:
+    rows = padded(PROMPTS)
+    assert (rows["attention_mask"] == 0).any()
+    expected = model.generate_images(**rows, rounds=2, steps=2)
+    assert torch.equal(model.generate_images(rows["input_ids"], rounds=2, steps=2), expected)
+
+
 def test_the_prefix_computed_once_is_the_whole_run_anew(model: MMARForCausalLM) -> None:
     """One round in which all is drawn: conditions from the cached prompt are those of one pass over prompt and image."""
     prompt = PROMPTS[1]
@@ -197,7 +222,7 @@ def test_the_prefix_computed_once_is_the_whole_run_anew(model: MMARForCausalLM) 
     handle = model.post_projector.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
     model.generate_images(torch.tensor([prompt]), rounds=1, steps=1, guidance_scale=1.0)
     handle.remove()
-    order = plan_rounds(torch.ones(N, dtype=torch.bool).numpy(), rounds=1, seed=0, image=0)[0]
+    order = plan_rounds(torch.ones(N, dtype=torch.bool).numpy(), sampling=ImageSampling(rounds=1), image=0)[0]
     masked = torch.ones(1, N, dtype=torch.bool)
     ids = torch.tensor([[*prompt, *[IMAGE] * N, 5, EOS]])
     whole = model(ids, image_latents=torch.zeros(1, N, C), image_masked=masked).image_conditions

@@ -11,6 +11,7 @@ from mmar_megatron.data.batch import Batch
 from mmar_megatron.data.source import DataSource
 from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.model.image_geometry import ImageGeometry
+from mmar_megatron.model.key_values import KeyValueCache
 from mmar_megatron.model.mmar_model import MMARModel, build_model
 from mmar_megatron.parallel import ParallelGroups
 from tests.distributed.common import command
@@ -46,9 +47,9 @@ class Batches:
         self._engine, self._run = engine, engine.hidden_states
 
     def __enter__(self) -> list[Batch]:
-        def record(batch: Batch) -> Tensor | None:
+        def record(batch: Batch, *, cache: KeyValueCache | None = None) -> Tensor | None:
             self.seen.append(batch)
-            return self._run(batch)
+            return self._run(batch, cache=cache)
 
         self._engine.hidden_states = record  # type: ignore[method-assign]
         return self.seen

@@ -16,7 +16,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mmar_megatron.inference.images import ImageSampling, paint
+from mmar_megatron.benchmarks.sampling import paint_plainly
+from mmar_megatron.diffusion.painting import ImageSampling
+from mmar_megatron.inference.images import paint, paint_latents
 from mmar_megatron.parallel import ParallelGroups
 from tests.unit.inference.scene import Batches, Scene
 
@@ -36,7 +38,8 @@ def test_rounds_of_a_painting(scene: Scene) -> None:
     """Nothing is known in the first round; what was drawn is then visible, stays as it is, and all is drawn in the end."""
     with Batches(scene.engine) as seen:
         images_BHW3 = painted(scene, CAPTIONS, replace(SAMPLING, guidance_scale=1.0, rounds=4))
-    assert len(seen) == 4
+    assert len(seen) == 1 + 4  # the prompts, once
+    del seen[0]
     assert seen[0].masked_MN.all()
     for before, after in itertools.pairwise(seen):
         assert (before.visible_MN <= after.visible_MN).all()
@@ -51,13 +54,29 @@ def test_rounds_of_a_painting(scene: Scene) -> None:
 
 def test_progress_is_reported(scene: Scene) -> None:
     reported: list[tuple[int, int]] = []
-    painted(scene, CAPTIONS[:1], progress=lambda number, rounds: reported.append((number, rounds)))
+    painted(scene, CAPTIONS[:1], progress=lambda number, rounds, _: reported.append((number, rounds)))
     assert reported == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_more_rounds_than_tokens(scene: Scene) -> None:
     with pytest.raises(ValueError, match="17 rounds asked for 16 tokens: use at least 1, and at most"):
         painted(scene, CAPTIONS, replace(SAMPLING, rounds=17))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"guidance_scale": 1.0, "sampler": "ancestral"},
+        {"guidance_schedule": "linear", "guidance_scale": 3.0, "order": "raster"},
+    ],
+)
+def test_prompts_read_once_are_whole_sequences_anew_in_each_round(changes: dict[str, Any], scene: Scene) -> None:
+    sampling = replace(SAMPLING, rounds=5, **changes)
+    with scene.engine.evaluating():
+        cached_BNC = paint_latents(scene.engine, CAPTIONS, source=scene.source, groups=scene.groups, sampling=sampling)
+        plain_BNC = paint_plainly(scene.engine, CAPTIONS, source=scene.source, sampling=sampling)
+    torch.testing.assert_close(cached_BNC, plain_BNC, rtol=1e-5, atol=1e-5 * float(plain_BNC.abs().max()))
 
 
 # --- what an image depends on ---------------------------------------------------------------------------------------------------
@@ -106,7 +125,7 @@ def test_guidance_of_1_is_the_conditional_model(scene: Scene) -> None:
     with Batches(scene.engine) as seen:
         plain = painted(scene, CAPTIONS, replace(SAMPLING, guidance_scale=1.0))
         guided = painted(scene, CAPTIONS, replace(SAMPLING, guidance_scale=1.0 + 1e-7))
-    assert [len(batch.tokens_BS) for batch in seen] == [3] * 3 + [6] * 3
+    assert [len(batch.tokens_BS) for batch in seen] == [3] * 4 + [6] * 4
     assert all(close(a, b) for a, b in zip(plain, guided, strict=True))
 
 
@@ -114,7 +133,10 @@ def test_the_unconditional_half_has_no_caption(scene: Scene) -> None:
     with Batches(scene.engine) as seen:
         painted(scene, CAPTIONS)
         painted(scene, ["", "", ""], replace(SAMPLING, guidance_scale=1.0))
-    assert torch.equal(seen[0].tokens_BS[3:], seen[3].tokens_BS)
+    without = seen[4].tokens_BS
+    assert without.shape == (3, 2)
+    assert torch.equal(seen[0].tokens_BS[3:, :2], without)
+    assert (seen[0].document_ids_BS[3:, 2:] == -1).all()
 
 
 def test_guidance_of_0_is_the_unconditional_model(scene: Scene) -> None:
