@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mmar_megatron.generation.prompts import Prompt
 
 DTYPES = ("float32", "bfloat16", "float16")
-SAMPLERS = ("ddim", "ancestral")
+SETTINGS = ("rounds", "steps", "sampler", "order", "guidance_scale", "guidance_schedule", "temperature")
 SHEET_PICTURES = 64
 
 
@@ -54,8 +54,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--rounds", type=int, help="runs of the backbone for each picture (default: 32, or one for each token of a small picture)"
     )
     add("--steps", type=int, help="diffusion steps for each token (default: as the model's configuration says)")
-    add("--sampler", choices=SAMPLERS, help="(default: as the model's configuration says)")
+    add("--sampler", choices=("ddim", "ancestral"), help="of each token (default: as the model's configuration says)")
+    add("--order", choices=("random", "raster"), default="random", help="of tokens; raster: row by row (default: %(default)s)")
     add("--guidance_scale", type=float, default=2.0, help="classifier-free guidance; 1: none (default: %(default)s)")
+    schedules = ("constant", "linear")
+    add("--guidance_schedule", choices=schedules, default=schedules[0], help="linear: it grows as the picture does")
     add("--temperature", type=float, default=1.0, help="scales the noise (default: %(default)s)")
     add("--batch_size", type=int, default=8, help="pictures painted at a time (default: %(default)s)")
     add("--grid", action="store_true", help=f"also write grid-0.png ..., sheets of {SHEET_PICTURES} pictures with their captions")
@@ -86,7 +89,7 @@ def run(args: argparse.Namespace) -> str:
     from mmar_megatron.generation.editing import read_edit  # here, since torch takes seconds
     from mmar_megatron.generation.files import Folder
     from mmar_megatron.generation.opening import open_model
-    from mmar_megatron.generation.painting import Painting, paint, pictures_of
+    from mmar_megatron.generation.painting import paint, pictures_of, settle
     from mmar_megatron.generation.progress import Progress
     from mmar_megatron.generation.prompts import check_lengths
 
@@ -99,8 +102,7 @@ def run(args: argparse.Namespace) -> str:
     pictures = pictures_of(prompts, images=args.images, seed=args.seed)
 
     opened = open_model(args.model, average=args.ema, dtype=args.dtype, tokenizer=args.tokenizer, vae=args.vae)
-    options = {name: getattr(args, name) for name in ("rounds", "steps", "sampler", "guidance_scale", "temperature")}
-    settings = Painting(**options).settled(opened)
+    settings = settle(opened, **{name: getattr(args, name) for name in SETTINGS})
     tokens = opened.model.config.num_image_tokens
     check_lengths(prompts, processor=opened.processor, image_tokens=tokens, longest=opened.longest_text)
     edit = None if args.start is None else read_edit(args.start, processor=opened.processor, **changes)

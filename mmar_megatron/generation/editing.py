@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmar_megatron.data.fitting import fit
 from mmar_megatron.data.preparation.pictures import open_picture
-from mmar_megatron.diffusion.rounds import random_order
+from mmar_megatron.diffusion.painting import random_order
 from mmar_megatron.hf.processing_mmar import MMARProcessor
 from mmar_megatron.training.manifest import record
 
@@ -43,7 +43,7 @@ class Edit:
         if self.redraw_N is not None:
             return self.redraw_N
         chosen_N = np.zeros(len(self.latents_NC), dtype=np.bool_)
-        # The first of the order in which painting goes: given which they are, their own order is as random as before.
+        # The first of the random order of painting: given which they are, their own order is as random as before.
         chosen_N[random_order(len(chosen_N), seed=seed, image=number)[: max(1, round(self.share * len(chosen_N)))]] = True
         return chosen_N
 

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 import mmar_megatron
+from mmar_megatron.diffusion.painting import GuidanceSchedule, ImageSampling, Order, cosine_rounds
 from mmar_megatron.diffusion.sampler import SamplerKind
 from mmar_megatron.generation.editing import Edit
 from mmar_megatron.generation.opening import Opened
@@ -25,41 +26,41 @@ from mmar_megatron.generation.prompts import Prompt
 _ROUNDS = 32
 
 
-@dataclass(frozen=True, kw_only=True)
-class Painting:
-    """How pictures are painted: arguments of `MMARForCausalLM.generate_images`."""
+def settle(
+    opened: Opened,
+    *,
+    rounds: int | None = None,
+    steps: int | None = None,
+    sampler: SamplerKind | None = None,
+    order: Order = "random",
+    guidance_scale: float = 2.0,
+    guidance_schedule: GuidanceSchedule = "constant",
+    temperature: float = 1.0,
+) -> dict[str, Any]:
+    """The settings of `MMARForCausalLM.generate_images`, without what was left to the model.
 
-    rounds: int | None = None
-    """None: 32, or of a smaller image as many as it has tokens."""
-    steps: int | None = None
-    """None, also of the sampler: as the model's configuration says."""
-    sampler: SamplerKind | None = None
-    guidance_scale: float = 2.0
-    temperature: float = 1.0
+    Args:
+        opened: the model.
+        rounds: none: 32, or of a smaller image as many as it has tokens.
+        steps, sampler: none: as the model's configuration says.
+        order, guidance_scale, guidance_schedule, temperature: see `ImageSampling`.
 
-    def settled(self, opened: Opened) -> dict[str, Any]:
-        """All settings, for this model.
-
-        Raises:
-            ValueError: more rounds than tokens, or more steps than the model has levels; a negative temperature.
-        """
-        config = opened.model.config
-        tokens, levels = config.num_image_tokens, config.diffusion["num_timesteps"]
-        rounds = min(_ROUNDS, tokens) if self.rounds is None else self.rounds
-        steps = config.diffusion["sampling_steps"] if self.steps is None else self.steps
-        if not 1 <= rounds <= tokens:
-            raise ValueError(f"--rounds is {rounds}: an image has {tokens} tokens, so give 1 to {tokens}")
-        if not 1 <= steps <= levels:
-            raise ValueError(f"--steps is {steps}: the model has {levels} noise levels, so give 1 to {levels}")
-        if self.temperature < 0:
-            raise ValueError(f"--temperature is {self.temperature}: it must be 0 or more")
-        return {
-            "rounds": rounds,
-            "steps": steps,
-            "sampler": self.sampler or config.diffusion["sampler"],
-            "guidance_scale": self.guidance_scale,
-            "temperature": self.temperature,
-        }
+    Raises:
+        ValueError: more rounds than tokens, more steps than noise levels, or another setting that makes no sense.
+    """
+    model, tokens = opened.model, opened.model.config.num_image_tokens
+    settings: dict[str, Any] = {
+        "rounds": min(_ROUNDS, tokens) if rounds is None else rounds,
+        "steps": model.config.diffusion["sampling_steps"] if steps is None else steps,
+        "sampler": sampler or model.config.diffusion["sampler"],
+        "order": order,
+        "guidance_scale": guidance_scale,
+        "guidance_schedule": guidance_schedule,
+        "temperature": temperature,
+    }
+    ImageSampling(**settings).head_sampler(schedule=model.schedule, parameterization=model.parameterization)
+    cosine_rounds(tokens, rounds=settings["rounds"])
+    return settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +139,7 @@ def paint(
     Args:
         opened: the model.
         pictures: all, which the batches follow from.
-        settings: of `Painting.settled`.
+        settings: of `settle`.
         batch_size: pictures painted at a time.
         done: so many of the first are painted. Of a batch with some of them all are painted once more, for the same to the bit.
         edit: the picture that all begin from.

@@ -14,7 +14,7 @@ from PIL import Image
 from mmar_megatron.generation.editing import read_edit
 from mmar_megatron.generation.files import as_png, record_of
 from mmar_megatron.generation.opening import Opened, open_model
-from mmar_megatron.generation.painting import Painting, batches, paint, pictures_of
+from mmar_megatron.generation.painting import batches, paint, pictures_of, settle
 from mmar_megatron.generation.prompts import Prompt
 from mmar_megatron.hf.exporting import export, open_checkpoint
 
@@ -23,7 +23,7 @@ PROMPTS = [
     Prompt(text="", place="second", seed=7),
     Prompt(text="two small blue squares", place="third"),
 ]
-QUICK = Painting(rounds=3, steps=3, sampler="ancestral", guidance_scale=1.5)
+QUICK: dict[str, Any] = {"rounds": 3, "steps": 3, "sampler": "ancestral", "guidance_scale": 1.5}
 
 
 def assert_same_picture(one: np.ndarray, other: np.ndarray) -> None:
@@ -34,7 +34,7 @@ def assert_same_picture(one: np.ndarray, other: np.ndarray) -> None:
 
 def painted(opened: Opened, prompts: list[Prompt], *, batch_size: int, images: int = 2, **options: Any) -> dict[str, np.ndarray]:
     pictures = pictures_of(prompts, images=images, seed=5)
-    made = paint(opened, pictures, settings=QUICK.settled(opened), batch_size=batch_size, **options)
+    made = paint(opened, pictures, settings=settle(opened, **QUICK), batch_size=batch_size, **options)
     return {picture.file: pixels for picture, pixels in made}
 
 
@@ -75,14 +75,14 @@ def test_pictures_are_the_same_to_the_bit_when_work_is_taken_up(opened: Opened) 
 @pytest.mark.parametrize("edited", [False, True])
 def test_what_a_png_says_paints_it_again(opened: Opened, picture: Path, tmp_path: Path, edited: bool) -> None:
     edit = read_edit(picture, processor=opened.processor, vary=0.5) if edited else None
-    settings = QUICK.settled(opened)
+    settings = settle(opened, **QUICK)
     pictures = pictures_of(PROMPTS, images=2, seed=5)
     for one, pixels in paint(opened, pictures, settings=settings, batch_size=1, edit=edit):
         (tmp_path / one.file).write_bytes(as_png(pixels, record=one.record(opened, settings, edit=edit)))
 
     record = record_of(tmp_path / "000002-1.png")
     again = open_model(record["model"], average=record["average"], dtype=record["dtype"])
-    options = {name: record[name] for name in ("seed", "rounds", "steps", "sampler", "guidance_scale", "temperature")}
+    options = {name: record[name] for name in ("seed", *settings)}
     if edited:
         same = read_edit(Path(record["start"]), processor=again.processor, vary=record["vary"])
         redraw = torch.from_numpy(same.redraw(seed=record["seed"], number=record["number"]))
@@ -107,13 +107,13 @@ def test_what_is_not_redrawn_stays(opened: Opened, picture: Path, tmp_path: Path
 
 
 def test_settings_that_do_not_fit_the_model(opened: Opened) -> None:
-    assert Painting().settled(opened)["rounds"] == 16
-    with pytest.raises(ValueError, match="--rounds is 17: an image has 16 tokens, so give 1 to 16"):
-        Painting(rounds=17).settled(opened)
-    with pytest.raises(ValueError, match="--steps is 1001: the model has 1000 noise levels"):
-        Painting(steps=1001).settled(opened)
-    with pytest.raises(ValueError, match="--temperature is -1"):
-        Painting(temperature=-1).settled(opened)
+    assert settle(opened)["rounds"] == 16
+    with pytest.raises(ValueError, match="17 rounds asked for 16 tokens: use at least 1, and at most as many rounds as tokens"):
+        settle(opened, rounds=17)
+    with pytest.raises(ValueError, match="1001 sampling steps asked of a schedule of 1000 timesteps"):
+        settle(opened, steps=1001)
+    with pytest.raises(ValueError, match="The temperature is -1"):
+        settle(opened, temperature=-1)
     with pytest.raises(ValueError, match="--images is 0"):
         pictures_of(PROMPTS, images=0, seed=0)
     with pytest.raises(ValueError, match="--seed is -1"):
@@ -130,7 +130,7 @@ def test_the_prompt_whose_tokens_are_not_finite_is_named(opened: Opened, monkeyp
 
     monkeypatch.setattr(opened.model, "generate_images", fails_on_the_third)
     prompts = [replace(PROMPTS[0], place=f"line {number}") for number in range(1, 5)]
-    made = paint(opened, pictures_of(prompts, images=1, seed=0), settings=QUICK.settled(opened), batch_size=4)
+    made = paint(opened, pictures_of(prompts, images=1, seed=0), settings=settle(opened, **QUICK), batch_size=4)
     files: list[str] = []
     with pytest.raises(ValueError, match=r"line 3 \('a red circle'\), picture 000002-0.png: not finite"):
         files.extend(picture.file for picture, _ in made)

@@ -74,7 +74,7 @@ def test_a_picture_is_changed(model: list[str], tmp_path: Path) -> None:
     Image.fromarray(pixels).save(tmp_path / "start.png")
     line = [*model, *QUICK, "--prompt", "a red circle", "--start", str(tmp_path / "start.png"), "--dtype", "bfloat16"]
     main([*line, "--outpaint", "0.5,0,0,0.5", "--out", str(tmp_path / "wider")])
-    main([*line, "--vary", "0.25", "--out", str(tmp_path / "varied")])
+    main([*line, "--vary", "0.25", "--order", "raster", "--guidance_schedule", "linear", "--out", str(tmp_path / "varied")])
     small, varied = (np.asarray(Image.open(tmp_path / name / "000000-0.png")) for name in ("wider", "varied"))
     shrunk = np.asarray(Image.fromarray(pixels).resize((16, 16), Image.Resampling.LANCZOS))
     np.testing.assert_allclose(small[:16, 16:].astype(int), shrunk.astype(int), atol=1)
@@ -85,12 +85,13 @@ def test_a_picture_is_changed(model: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--prompt", "a", "--rounds", "17"], "--rounds is 17: an image has 16 tokens, so give 1 to 16"),
+        (["--prompt", "a", "--rounds", "17"], "17 rounds asked for 16 tokens"),
         (["--prompt", "a red circle " * 20], "--prompt 1 has "),
         (["--prompt", "a", "--vary", "0.5"], "--redraw, --outpaint and --vary change a picture: give it by --start"),
         (["--prompt", "a", "--batch_size", "0"], "--batch_size is 0"),
+        (["--prompt", "a", "--guidance_scale", "nan"], "The guidance scale is nan"),
         (
-            ["--prompt", "a", "--guidance_scale", "nan"],
+            ["--prompt", "a", "--guidance_scale", "3e38"],
             "--prompt 1 ('a'), picture 000000-0.png: The image tokens just drawn are not",
         ),
         (["--prompts", "none.txt"], "none.txt cannot be read"),
