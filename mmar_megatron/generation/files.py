@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mmar_megatron.data.preparation.unfinished import atomically
+from mmar_megatron.generation.resuming import Journal, difference
 
 MANIFEST = "manifest.jsonl"
 SETTINGS = "Settings"
@@ -36,62 +36,42 @@ class Folder:
     """
 
     def __init__(self, path: Path, *, records: Sequence[dict[str, Any]]) -> None:
-        path.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._file: IO[bytes] = (path / MANIFEST).open("a+b")
+        self._journal = Journal(path / MANIFEST)
         try:
-            self.done = self._begin(records)
-        except BaseException:
-            self._file.close()
+            self.done = self._whole(records)
+        except ValueError:
+            self._journal.close()
             raise
+        self._journal.keep(self.done)
 
-    def _begin(self, records: Sequence[dict[str, Any]]) -> int:
-        """The number of pictures that are whole; the manifest is cut behind them."""
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which ends with the process, however it ends
-        except OSError as error:
-            raise ValueError(f"another process paints into {self.path}: wait for it, or choose another --out") from error
-        self._file.seek(0)
-        lines = self._file.read().splitlines(keepends=True)
-        done = end = 0
-        for line in lines:
-            try:
-                there = json.loads(line)
-            except ValueError:
-                break  # of a process that was killed while it wrote
-            if done == len(records):
+    def _whole(self, records: Sequence[dict[str, Any]]) -> int:
+        """The number of pictures that are there, up to the first that is not."""
+        there = self._journal.rows
+        for row, record in zip(there, records, strict=False):
+            if differ := difference(row, record, except_for=_MAY_DIFFER):
                 raise ValueError(
-                    f"{self.path} has {len(lines)} pictures, and {len(records)} are asked for: give the same prompts and "
-                    "--images, or another --out"
+                    f"{self.path / record['file']} was painted with other settings ({differ}): give those to go on, or another "
+                    "--out"
                 )
-            _check(self.path, there, records[done])
-            if not line.endswith(b"\n") or not (self.path / there["file"]).is_file():
-                break
-            done, end = done + 1, end + len(line)
-        self._file.truncate(end)
-        return done
+        if len(there) > len(records):
+            raise ValueError(
+                f"{self.path} has {len(there)} pictures, and {len(records)} are asked for: give the same prompts and --images, "
+                "or another --out"
+            )
+        missing = (number for number, row in enumerate(there) if not (self.path / row["file"]).is_file())
+        return next(missing, len(there))
 
-    def __enter__(self) -> Folder:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+        self._journal.close()
 
     def add(self, pixels_HW3: NDArray[np.uint8], *, record: dict[str, Any]) -> None:
         """The next picture: first its file, whole or not at all, then its line."""
         atomically(self.path / record["file"], as_png(pixels_HW3, record=record))
-        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
-
-
-def _check(path: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
-    wanted = json.loads(json.dumps(wanted))
-    names = [name for name in {**there, **wanted} if name not in _MAY_DIFFER and there.get(name) != wanted.get(name)]
-    if names:
-        differ = ", ".join(f"{name} was {there.get(name)!r} and is {wanted.get(name)!r}" for name in names)
-        raise ValueError(
-            f"{path / str(there.get('file'))} was painted with other settings ({differ}): give those to go on, or another --out"
-        )
+        self._journal.add(record)
 
 
 def as_png(pixels_HW3: NDArray[np.uint8], *, record: dict[str, Any]) -> bytes:

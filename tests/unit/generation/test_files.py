@@ -64,6 +64,14 @@ def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("content", ["no JSON\n", "[1]\n", '{"mine": 1}\n'])
+def test_a_foreign_file_stays_as_it_is(tmp_path: Path, content: str) -> None:
+    (tmp_path / MANIFEST).write_text(content)
+    with pytest.raises(ValueError, match=r"choose another --out|other settings \(mine was 1 and is None"):
+        Folder(tmp_path, records=records(1))
+    assert (tmp_path / MANIFEST).read_text() == content
+
+
 def test_two_processes_do_not_paint_into_one_directory(tmp_path: Path) -> None:
-    with Folder(tmp_path, records=records(1)), pytest.raises(ValueError, match="another process paints into"):
+    with Folder(tmp_path, records=records(1)), pytest.raises(ValueError, match="another process writes"):
         Folder(tmp_path, records=records(1))

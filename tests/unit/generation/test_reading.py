@@ -162,6 +162,14 @@ def test_a_file_of_texts_is_gone_on_with(inputs: list[Input], tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"out.jsonl has 2 lines of inputs that are not given now"):
         TextFile(out, inputs=inputs[2:], settings=settings)
     out.with_name("out.jsonl.settings.json").unlink()
-    with pytest.raises(ValueError, match=r"out.jsonl.settings.json is missing"):
+    with pytest.raises(ValueError, match=r"out.jsonl is there, and no out.jsonl.settings.json that says how it was made"):
         TextFile(out, inputs=inputs, settings=settings)
     assert len(out.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("content", ['{"images": ["0.png"], "text": "mine"}', '{"images": ["0.png"]}\n', "no JSON\n"])
+def test_a_foreign_file_stays_as_it_is(inputs: list[Input], tmp_path: Path, content: str) -> None:
+    (tmp_path / "out.jsonl").write_text(content)
+    with pytest.raises(ValueError, match="choose another --out"):
+        TextFile(tmp_path / "out.jsonl", inputs=inputs, settings={})
+    assert [(file.name, file.read_text()) for file in tmp_path.glob("out*")] == [("out.jsonl", content)]
