@@ -114,9 +114,15 @@ def test_a_text_ends_where_the_sequences_of_training_did(opened: Opened, inputs:
         ValueError, match=rf"0.png and what is asked of them have \d+ tokens, of {config.max_position_embeddings}"
     ):
         texts_of(opened, [long], batch_size=1)
-    (limit,) = [config.max_position_embeddings - 19]  # bos, and an image between its two tokens
-    written = texts_of(opened, [inputs[0]], batch_size=1, reading=Reading(max_tokens=500))[0]
-    assert written == texts_of(opened, [inputs[0]], batch_size=1, reading=Reading(max_tokens=limit))[0]
+
+
+def test_a_longer_text_beside_it_does_not_lengthen_a_text(
+    opened: Opened, inputs: list[Input], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opened.model.config, "max_position_embeddings", 57)  # the longest prompt has 55 tokens
+    alone = texts_of(opened, inputs, batch_size=1)
+    assert alone == texts_of(opened, inputs, batch_size=5)
+    assert alone[2] != texts_of(opened, inputs, batch_size=1, reading=Reading(max_tokens=1))[2]
 
 
 def test_bad_pictures_end_the_work_or_are_counted(opened: Opened, inputs: list[Input]) -> None:
