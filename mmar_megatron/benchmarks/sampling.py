@@ -73,7 +73,7 @@ def paint_plainly(engine: Engine, prompts: Sequence[str], *, source: DataSource,
     assert model is not None
     sampler = sampling.head_sampler(schedule=model.schedule, parameterization=model.parameterization)
     ids = [source.tokenizer.encode(prompt) for prompt in prompts]
-    halves = [ids, [[] for _ in ids]] if sampling.guided else [ids]
+    halves: list[list[list[int]]] = [ids, [[] for _ in ids]] if sampling.guided else [ids]
 
     def draw(
         latents_BNC: Tensor,

@@ -8,6 +8,7 @@ from typing import Any
 from mmar_megatron import platform
 from mmar_megatron.config import Config
 from mmar_megatron.training import manifest
+from mmar_megatron.training.checkpoint import IMPORTED_FROM
 from mmar_megatron.training.metrics import read_metrics
 
 _USAGE = """```python
@@ -79,6 +80,8 @@ def model_card(checkpoint: Path, config: Config, *, average: bool) -> str:
             f"{config.model.diffusion.parameterization}, schedule {config.model.diffusion.schedule}",
         ),
         ("pictures", f"{codec.image_size} x {codec.image_size}, {codec.kind} codec"),
+        *([("backbone from", facts[IMPORTED_FROM])] if IMPORTED_FROM in facts else []),
+        *([("started from", Path(config.checkpoint.init_from).name)] if config.checkpoint.init_from else []),
         ("step", f"{step:,}" + (", moving average of the weights" if average else "")),
         ("tokens seen", f"{facts['stream']['tokens']:,}, among {facts['stream']['images']:,} images"),
         ("data", ", ".join(Path(path).name for path in data)),
@@ -87,10 +90,11 @@ def model_card(checkpoint: Path, config: Config, *, average: bool) -> str:
     metrics = _last_metrics(checkpoint, step=step)
     losses = [(title, f"{metrics[name]:.4f}") for name, title in _SHOWN.items() if isinstance(metrics.get(name), float)]
     of_weights = ", of the weights before averaging" if average else ""
+    origin = "imported by" if IMPORTED_FROM in facts else "trained with"
     needs = "torch, transformers" + (", diffusers" if codec.kind == "vae" else "")
     parts = [
         f"{_FRONT}\n# MMAR model\n\nOne decoder that reads and writes text, and reads and paints images as continuous tokens; "
-        f"trained with MMAR-Megatron {platform.versions()['mmar_megatron']}.",
+        f"{origin} MMAR-Megatron {platform.versions()['mmar_megatron']}.",
         f"## The run\n\n{_table(rows)}",
         f"## Losses at step {step:,}{of_weights}\n\n{_table(losses)}" if losses else "",
         f"## Use\n\nNeeds {needs}. The code ships with the weights, so that `trust_remote_code=True` is asked for; `DIR` is this "

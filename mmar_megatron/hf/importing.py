@@ -10,16 +10,14 @@ from __future__ import annotations
 import copy
 import secrets
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from mmar_megatron import parallel
@@ -27,20 +25,24 @@ from mmar_megatron.config import CommandLine, Config, ParallelConfig, parse_comm
 from mmar_megatron.config_checks import OTHER_SPLITS
 from mmar_megatron.data.codec import build_codec
 from mmar_megatron.data.tokenizer import SPECIAL_TOKENS, TOKENIZER_NAMES, Tokenizer, load_tokenizer
+from mmar_megatron.hf.configuration_mmar import MMARConfig
+from mmar_megatron.hf.exporting import checkpoint_shapes, heads_of, hugging_face_config, tensors_of
 from mmar_megatron.hf.families import MMAR, Pretrained, contradictions, model_section, read_pretrained
-from mmar_megatron.hf.names import Heads, Link, join, link_of, split
-from mmar_megatron.hf.storage import TensorSpec, is_stacked, pieces, write_checkpoint
+from mmar_megatron.hf.names import Link, join, links, split
+from mmar_megatron.hf.storage import TensorSpec, write_checkpoint
 from mmar_megatron.hf.weights import HuggingFaceWeights
 from mmar_megatron.model.image_geometry import ImageGeometry
-from mmar_megatron.model.mmar_model import MMARModel, build_model, padded_vocab_size
-from mmar_megatron.training.checkpoint import WEIGHTS_ONLY, Progress
+from mmar_megatron.model.mmar_model import build_model, padded_vocab_size
+from mmar_megatron.training.checkpoint import IMPORTED_FROM, WEIGHTS_ONLY, Progress
 from mmar_megatron.training.saving import facts_of
 
 _WORDS, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 _OF_LANGUAGE_MODELS = ("decoder.", _WORDS, _OUTPUT)
 _TIED_OUTPUT, _THEIR_WORDS = "lm_head.weight", "model.embed_tokens.weight"
 _ROWS_AT_ONCE = 4096
-_ONE_PROCESS = {
+_SMALL = {
+    "num_layers": 1,
+    "ffn_hidden_size": 2,
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
     "virtual_pipeline_model_parallel_size": None,
@@ -50,7 +52,7 @@ _ONE_PROCESS = {
     "perform_initialization": False,
     **dict.fromkeys(OTHER_SPLITS),
 }
-"""Fields of the backbone in which it is built here, whatever the run's layout and precision."""
+"""Fields of the backbone beside which image parts are drawn, whatever the run's sizes, layout and precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,10 +138,11 @@ def import_model(
     rows = padded_vocab_size(config.model, tokenizer.vocab_size)
     _check_vocabulary(tokenizer, pretrained, hf=hf, rows=rows)
 
-    shapes = _shapes(config, geometry=geometry, vocab_size=tokenizer.vocab_size)
+    hf_config = hugging_face_config(config, tokenizer=tokenizer, codec=codec)
+    shapes = checkpoint_shapes(hf_config)
     is_mmar = pretrained.family == MMAR
     from_files = {key: shape for key, shape in shapes.items() if is_mmar or key.startswith(_OF_LANGUAGE_MODELS)}
-    source = _Source(hf, weights, from_files, pretrained=pretrained, copied_rows=tokenizer.base_vocab_size)
+    source = _Source(hf, weights, from_files, config=hf_config, pretrained=pretrained, copied_rows=tokenizer.base_vocab_size)
     fresh = {} if is_mmar else draw_image_parts(config, geometry=geometry)
     specs = {key: source.specs.get(key) or TensorSpec(shape, torch.float32) for key, shape in shapes.items()}
     write_checkpoint(
@@ -147,7 +150,7 @@ def import_model(
         specs,
         lambda key, layer: source.read(key, layer) if key in source.specs else fresh[key],
         config_yaml=command.yaml,
-        facts=_facts(command, tokenizer=tokenizer.fingerprint, codec=codec.fingerprint),
+        facts=_facts(command, hf, tokenizer=tokenizer.fingerprint, codec=codec.fingerprint),
         say=say,
     )
     if write_config is not None:
@@ -172,9 +175,24 @@ def draw_image_parts(config: Config, *, geometry: ImageGeometry) -> dict[str, Te
 
     A run with this configuration begins with these, for they follow from the seed and not from the sizes of the rest.
     """
-    with _one_layer(config, geometry=geometry, vocab_size=1, device="cpu", ffn_hidden_size=2) as model:
-        tensors = {shard.key: shard.data.detach() for shard in _shards(model)}
-    return {key: tensor for key, tensor in tensors.items() if not key.startswith(_OF_LANGUAGE_MODELS)}
+    backbone = copy.copy(config.model.backbone)
+    for name, value in _SMALL.items():
+        setattr(backbone, name, value)
+    groups = parallel.initialize_fake(ParallelConfig(), rank=0, world_size=1)
+    try:
+        (model,) = build_model(
+            replace(config.model, backbone=backbone),
+            geometry=geometry,
+            vocab_size=1,
+            groups=groups,
+            seed=config.seed,
+            draw_weights=False,
+        )
+        state = model.sharded_state_dict(prefix="")
+    finally:
+        parallel.leave()
+    drawn = {shard.key: shard.data.detach() for shard in state.values() if isinstance(shard, ShardedTensor)}
+    return {key: tensor for key, tensor in drawn.items() if not key.startswith(_OF_LANGUAGE_MODELS)}
 
 
 # --- the configuration ----------------------------------------------------------------------------------------------------------
@@ -262,10 +280,10 @@ def _check_vocabulary(tokenizer: Tokenizer, pretrained: Pretrained, *, hf: Path,
             )
 
 
-def _facts(command: CommandLine, **fingerprints: str) -> dict[str, Any]:
+def _facts(command: CommandLine, hf: Path, **fingerprints: str) -> dict[str, Any]:
     layout = {"tensor": 1, "pipeline": 1, "data": 1}
     facts = facts_of(Progress(fingerprints=fingerprints), layout=layout, average=False, config_yaml=command.yaml)
-    return {**facts, WEIGHTS_ONLY: True}
+    return {**facts, WEIGHTS_ONLY: True, IMPORTED_FROM: hf.resolve().name}
 
 
 def _write_whole(file: Path, text: str) -> None:
@@ -279,48 +297,6 @@ def _write_whole(file: Path, text: str) -> None:
         raise
 
 
-# --- the model's tensors --------------------------------------------------------------------------------------------------------
-
-
-def _shapes(config: Config, *, geometry: ImageGeometry, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """Of all tensors of the model, by their names in checkpoints."""
-    layers = config.model.backbone.num_layers
-    with _one_layer(config, geometry=geometry, vocab_size=vocab_size, device="meta") as model:
-        shapes = {shard.key: tuple(shard.global_shape) for shard in _shards(model)}
-    return {key: (layers, *shape[1:]) if is_stacked(key) else shape for key, shape in shapes.items()}
-
-
-@contextmanager
-def _one_layer(
-    config: Config, *, geometry: ImageGeometry, vocab_size: int, device: str, **backbone_fields: int
-) -> Iterator[MMARModel]:
-    """The model with one layer only, in this one process; its process groups end with the block."""
-    backbone = copy.copy(config.model.backbone)
-    for name, value in {**_ONE_PROCESS, "num_layers": 1, **backbone_fields}.items():
-        setattr(backbone, name, value)
-    groups = parallel.initialize_fake(ParallelConfig(), rank=0, world_size=1)
-    try:
-        with torch.device(device):
-            (model,) = build_model(
-                replace(config.model, backbone=backbone),
-                geometry=geometry,
-                vocab_size=vocab_size,
-                groups=groups,
-                seed=config.seed,
-                draw_weights=False,
-            )
-        yield model
-    finally:
-        parallel.leave()
-
-
-def _shards(model: MMARModel) -> list[ShardedTensor]:
-    state = model.sharded_state_dict(prefix="")
-    tensors = {name: value for name, value in state.items() if isinstance(value, ShardedTensor | ShardedTensorFactory)}
-    apply_factories(tensors)
-    return list(nested_values(tensors))
-
-
 # --- from the files -------------------------------------------------------------------------------------------------------------
 
 
@@ -330,7 +306,8 @@ class _Source:
     Args:
         hf: the directory.
         weights: what is in it.
-        shapes: of the tensors that are to come from there.
+        shapes: of the checkpoint's tensors that are to come from there.
+        config: of the model that is made.
         pretrained: what the model is.
         copied_rows: ids of the tokenizer, without those that are appended.
 
@@ -344,15 +321,14 @@ class _Source:
         weights: HuggingFaceWeights,
         shapes: Mapping[str, tuple[int, ...]],
         *,
+        config: MMARConfig,
         pretrained: Pretrained,
         copied_rows: int,
     ) -> None:
         self._hf, self._weights, self._shapes, self._copied_rows = hf, weights, shapes, copied_rows
         self._pretrained = pretrained
-        backbone = pretrained.model["backbone"]
-        self._heads = Heads(num_query_groups=backbone["num_query_groups"], head_dim=backbone["kv_channels"])
-        unread = {key: TensorSpec(shape, torch.float32) for key, shape in shapes.items()}
-        self._links = {(key, layer): link_of(key, layer) for key, layer in pieces(unread)}
+        self._heads = heads_of(config)
+        self._links = {(link.ours, link.layer): link for link in links(tensors_of(config)) if link.ours in shapes}
         self.count = sum(len(link.theirs) for link in self._links.values())
         self._check_names_and_shapes()
         self.specs = {key: TensorSpec(shape, self._dtype_of(key)) for key, shape in shapes.items()}

@@ -140,33 +140,13 @@ def join(link: Link, tensors: Mapping[str, Tensor], *, heads: Heads) -> Tensor:
             return torch.cat(groups, dim=1).flatten(0, 2)
 
 
-def link_of(key: str, layer: int | None) -> Link:
-    """The link of a checkpoint's tensor, of one layer where they are stacked: `links`, the other way round.
-
-    Raises:
-        ValueError: no rule has it.
-    """
-    for rule in RULES:
-        if (match := _match(rule.ours, key)) is not None:
-            return _filled(rule, rest=match.get("rest", ""), layer=layer)
-    raise ValueError(f"the model of this configuration has {key}, which Hugging Face's has not: leave out what adds it")
-
-
 def _link(name: str) -> Link:
     for rule in RULES:
         for pattern in rule.theirs:
-            if (match := _match(pattern, name)) is not None:
-                layer = match.get("layer")
-                return _filled(rule, rest=match.get("rest", ""), layer=None if layer is None else int(layer))
+            expression = re.escape(pattern).replace(r"\*", "(?P<rest>.+)").replace(r"\{layer\}", r"(?P<layer>\d+)")
+            if match := re.fullmatch(expression, name):
+                found = match.groupdict()
+                rest, layer = found.get("rest", ""), found.get("layer")
+                theirs = tuple(part.replace("*", rest).replace("{layer}", str(layer)) for part in rule.theirs)
+                return Link(rule.ours.replace("*", rest), None if layer is None else int(layer), theirs, rule.layout)
     raise ValueError(f"the tensor {name} has no place in an MMAR model")
-
-
-def _match(pattern: str, name: str) -> dict[str, str] | None:
-    expression = re.escape(pattern).replace(r"\*", "(?P<rest>.+)").replace(r"\{layer\}", r"(?P<layer>\d+)")
-    match = re.fullmatch(expression, name)
-    return None if match is None else match.groupdict()
-
-
-def _filled(rule: Rule, *, rest: str, layer: int | None) -> Link:
-    theirs = tuple(name.replace("*", rest).replace("{layer}", str(layer)) for name in rule.theirs)
-    return Link(rule.ours.replace("*", rest), layer, theirs, rule.layout)

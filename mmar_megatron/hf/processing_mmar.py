@@ -160,12 +160,16 @@ class MMARProcessor(ProcessorMixin):
         answered = all(turns[-1]["role"] == "assistant" for turns in conversations)
         return self._batch(rows, labels=labels if answered else None, images=images, return_tensors=return_tensors)
 
-    def to_paint(self, text: str | Sequence[str], *, return_tensors: str = "pt") -> BatchFeature:
-        """Captions, or "" for none, for `generate_images`."""
+    def to_paint(self, text: str | Sequence[str], images: Any = None, *, return_tensors: str = "pt") -> BatchFeature:
+        """Captions, or "" for none, for `generate_images`.
+
+        Where there are images, each `<image>` stands for the next of them, as in `__call__`; else it is text, as in training.
+        """
         texts = [text] if isinstance(text, str) else list(text)
         ids = self.special_tokens
-        rows = [[ids["bos"], *self._encode(one), ids["begin_image"]] for one in texts]
-        return self._batch(rows, labels=None, images=None, return_tensors=return_tensors)
+        read = [self._with_images(one) if images is not None else [ids["bos"], *self._encode(one)] for one in texts]
+        rows = [[*row, ids["begin_image"]] for row in read]
+        return self._batch(rows, labels=None, images=images, return_tensors=return_tensors)
 
     def to_learn_painting(
         self,

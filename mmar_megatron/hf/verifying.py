@@ -18,6 +18,11 @@ from mmar_megatron.hf.weights import HuggingFaceWeights
 _WORDS = "model.embed_tokens.weight"
 _MAY_DIFFER = ("README.md",)
 """Made to be written on."""
+_CHANGES_LOADING = (
+    *("adapter_config.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", "merges.txt"),
+    *("preprocessor_config.json", "tokenizer.model", "vocab.json"),
+)
+"""Files that an export has not, and that transformers would heed."""
 _VERSIONS = ("transformers_version", "mmar_megatron_version")
 _BESIDE = frozenset(
     (
@@ -91,6 +96,7 @@ def compare(source: Exportable, directory: Path, *, say: Callable[[str], None] =
     for name, text in files.items():
         if not (directory / name).is_file() or (name not in _MAY_DIFFER and not _is(directory / name, text)):
             found.files.append(name)
+    found.files += [name for name in _CHANGES_LOADING if (directory / name).exists()]
     for name, file in copies_of(source).items():
         if not (directory / name).is_file() or not filecmp.cmp(file, directory / name, shallow=False):
             found.files.append(name)

@@ -35,6 +35,8 @@ from mmar_megatron.training.manifest import MANIFEST
 CONFIG = "config.yaml"
 WEIGHTS_ONLY = "weights_only"
 """Is true in the manifest of a checkpoint that no run wrote: it has no optimizer's state."""
+IMPORTED_FROM = "imported_from"
+"""In the manifest of such a one, the name of the model that it was made of."""
 _T = TypeVar("_T")
 _NAME = re.compile(r"step_(\d{8})")
 

@@ -20,7 +20,7 @@ from mmar_megatron.data.shapes import draw_scenes
 from mmar_megatron.data.tokenizer import load_tokenizer, train_sentencepiece
 from mmar_megatron.hf.exporting import export, open_checkpoint
 from mmar_megatron.hf.importing import ImportReport, draw_image_parts, import_model
-from mmar_megatron.hf.names import Heads, link_of, split
+from mmar_megatron.hf.names import Heads, links, split
 from mmar_megatron.hf.storage import CheckpointReader, pieces
 from mmar_megatron.hf.weights import HuggingFaceWeights
 from mmar_megatron.model.image_geometry import ImageGeometry
@@ -65,11 +65,12 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_bits_and_type_of_a_bf16_model_stay(qwen3: Path) -> None:
     weights, compared = HuggingFaceWeights(qwen3 / "hf"), 0
+    link_of = {(link.ours, link.layer): link for link in links(weights.specs)}
     for (key, layer), tensor in all_tensors(qwen3 / "made").items():
         if not key.startswith(("decoder.", WORDS, "output_layer.")):
             assert tensor.dtype == torch.float32
             continue
-        for name, part in split(link_of(key, layer), tensor, heads=HEADS["qwen3"]).items():
+        for name, part in split(link_of[key, layer], tensor, heads=HEADS["qwen3"]).items():
             theirs = weights.read(name)
             rows = TOKENS if part.shape != theirs.shape else len(theirs)
             assert part.dtype == theirs.dtype == torch.bfloat16

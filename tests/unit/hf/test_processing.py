@@ -101,6 +101,23 @@ def test_pictures_to_be_described(processor: MMARProcessor, builder: DocumentBui
     assert "labels" not in prompts
 
 
+def test_a_picture_in_a_prompt_to_paint(processor: MMARProcessor) -> None:
+    picture = np.zeros((32, 32, 3), dtype=np.uint8)
+    batch = processor.to_paint(["<image> in red", "a circle"], images=[picture])
+    reading = processor(["<image> in red"], images=[picture])
+    begin = processor.special_tokens["begin_image"]
+    assert batch["input_ids"][0].tolist() == [*reading["input_ids"][0].tolist(), begin]
+    assert torch.equal(batch["image_latents"], reading["image_latents"])
+    with pytest.raises(ValueError, match="the texts have 1 times <image>, but there are 0 images: give as many"):
+        processor.to_paint("<image> in red", images=[])
+
+
+def test_a_turn_in_parts_is_refused(processor: MMARProcessor) -> None:
+    turn: Any = {"role": "user", "content": [{"type": "text", "text": "x"}]}
+    with pytest.raises(ValueError, match="the content of a turn is a list: give text, with <image> for an image"):
+        processor.converse([[turn]])
+
+
 def test_pictures_to_learn_to_paint(processor: MMARProcessor, builder: DocumentBuilder, coarse_tokenizer: Tokenizer) -> None:
     for dropout in (0.0, 1.0):
         kept = [[] if dropout else coarse_tokenizer.encode(text) for text in TEXTS]

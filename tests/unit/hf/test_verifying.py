@@ -115,3 +115,11 @@ def test_a_bit(spoil: Callable[[Tensor], None], source: Exportable, copied: Path
     spoil(state[NORM])
     save_file(state, copied / "model.safetensors", metadata={"format": "pt"})
     assert [*found(source, copied).different] == [NORM]
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "adapter_config.json", "tokenizer.model"])
+def test_a_file_that_changes_what_is_loaded(name: str, source: Exportable, copied: Path) -> None:
+    (copied / "notes.txt").write_text("Anybody may add these.")
+    assert found(source, copied).equal
+    (copied / name).write_text("{}")
+    assert found(source, copied).files == [name]
