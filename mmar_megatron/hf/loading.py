@@ -48,6 +48,7 @@ def load_model(
     with torch.device("meta"):
         model = MMARForCausalLM(source.hf_config)
     weights = {name: tensor for link in source.links for name, tensor in source.tensors(link).items()}
+    model.name_or_path = str(source.path)
     model.load_state_dict(weights, strict=False, assign=True)  # complete but for a tied output layer, as was checked
     model.tie_weights()
     with tempfile.TemporaryDirectory() as name:

@@ -69,5 +69,13 @@ def test_sheet_shows_what_was_painted(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["samples.png"]
 
 
+def test_sheet_without_true_pictures(tmp_path: Path) -> None:
+    painted_BHW3 = np.full((5, 32, 32, 3), (255, 0, 0), dtype=np.uint8)
+    captions = ["a note of $5, and one of $\\frac$"] * 5  # which is no formula
+    write_sheet(tmp_path / "sheet.png", captions=captions, painted_BHW3=painted_BHW3, title="$x_$")
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert (np.asarray(image.convert("RGB")) == (255, 0, 0)).all(axis=2).mean() > 0.4
+
+
 def test_texts_have_a_loss_alone() -> None:
     assert loss_scores({"val_loss_text": 0.1, "loss": 2.0}) == {"val_loss_text": 0.1}
