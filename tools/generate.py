@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mmar_megatron.generation.prompts import Prompt
 
 DTYPES = ("float32", "bfloat16", "float16")
+SAMPLERS = ("ddim", "ancestral", "dpm_solver++")
 SETTINGS = ("rounds", "steps", "sampler", "order", "guidance_scale", "guidance_schedule", "temperature")
 SHEET_PICTURES = 64
 
@@ -54,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--rounds", type=int, help="runs of the backbone for each picture (default: 32, or one for each token of a small picture)"
     )
     add("--steps", type=int, help="diffusion steps for each token (default: as the model's configuration says)")
-    add("--sampler", choices=("ddim", "ancestral"), help="of each token (default: as the model's configuration says)")
+    add("--sampler", choices=SAMPLERS, help="of each token (default: as the model's configuration says)")
     add("--order", choices=("random", "raster"), default="random", help="of tokens; raster: row by row (default: %(default)s)")
     add("--guidance_scale", type=float, default=2.0, help="classifier-free guidance; 1: none (default: %(default)s)")
     schedules = ("constant", "linear")
