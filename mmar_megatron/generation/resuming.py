@@ -32,8 +32,8 @@ class Journal:
         self._file.seek(0)
         self._lines = self._file.read().splitlines(keepends=True)
         self.empty = not self._lines
-        if self._lines and not self._lines[-1].endswith(b"\n"):  # of a process that was killed while it wrote
-            self._lines.pop()
+        if self._lines and not self._lines[-1].endswith(b"\n") and self._lines[-1].startswith(b"{"):
+            self._lines.pop()  # of a process that was killed while it wrote
         try:
             self.rows = [self._row(number, line) for number, line in enumerate(self._lines, start=1)]
         except ValueError:

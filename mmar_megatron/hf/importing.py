@@ -127,7 +127,7 @@ def import_model(
         raise ValueError(f"--out and --write-config are both {out}: choose another --write-config")
     pretrained = read_pretrained(hf)
     weights = HuggingFaceWeights(hf)
-    written = _section_for(pretrained, tokenizer=str(hf)) if write_config else None
+    written = _section_for(pretrained, tokenizer=str(hf.resolve())) if write_config else None
     command = _parse(configs, options, section=written, tokenizer=hf)
     config = command.config
     _check_configuration(config, pretrained, hf=hf)
@@ -336,7 +336,11 @@ class _Source:
     def read(self, key: str, layer: int | None) -> Tensor:
         """One tensor of the checkpoint, of one layer where they are stacked."""
         link = self._links[key, layer]
-        tensor = join(link, {name: self._weights.read(name) for name in link.theirs}, heads=self._heads)
+        tensors = {name: self._weights.read(name) for name in link.theirs}
+        for name, part in tensors.items():
+            if not bool(part.isfinite().all()):
+                raise ValueError(f"{self._hf}: {name} has values that are not finite: give a model that was saved whole.")
+        tensor = join(link, tensors, heads=self._heads)
         if self._pretrained.family != MMAR and key in (_WORDS, _OUTPUT):
             return _with_mean_rows(tensor, copied=self._copied_rows, rows=self._shapes[key][0])
         return tensor
@@ -348,7 +352,9 @@ class _Source:
         there = self._weights.specs
         for name, shape in expected.items():
             if name not in there:
-                raise ValueError(f"{self._hf} lacks the tensor {name}, which must be {list(shape)}: copy all of its files.")
+                bare = name.removeprefix("model.")
+                fix = "save it as a model for causal language modelling" if bare in there else "copy all of its files"
+                raise ValueError(f"{self._hf} lacks the tensor {name}, which must be {list(shape)}: {fix}.")
             if there[name].shape != shape:
                 raise ValueError(
                     f"{self._hf}: {name} is {list(there[name].shape)}, but its config.json makes it {list(shape)}: "

@@ -360,7 +360,7 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
             timesteps: [M, N, R] in [0, 1), noise levels for the image loss; none: drawn here.
             noise: [M, N, R, C], standard normal; none: drawn here.
             teacher_features: [M, N, F]: of a frozen vision model, for the alignment loss.
-            labels: int64 [B, S], input_ids where text is to be learned, -100 elsewhere; shifted here.
+            labels: int64 [B, S], input_ids where text is to be learned, -100 elsewhere; shifted here. Not of image tokens.
             logits_to_keep: logits of so many last positions, or of these; 0: of all.
             output_hidden_states: give `last_hidden_state`.
 
@@ -430,7 +430,8 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
         found: dict[str, Tensor] = {}
         terms = []
         if labels_BS is not None:
-            learned_BS = labels_BS[:, 1:] != IGNORE
+            # Where labels are a copy of input_ids: image tokens are no text.
+            learned_BS = (labels_BS[:, 1:] != IGNORE) & (labels_BS[:, 1:] != config.image_token_id)
             logits_LV = self.lm_head(h_BSD[:, :-1][learned_BS])
             total = F.cross_entropy(logits_LV.float(), labels_BS[:, 1:][learned_BS], reduction="sum")
             found["text_loss"] = total / learned_BS.sum().clamp(min=1)

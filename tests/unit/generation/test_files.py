@@ -64,7 +64,7 @@ def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("content", ["no JSON\n", "[1]\n", '{"mine": 1}\n'])
+@pytest.mark.parametrize("content", ["my notes", "no JSON\n", "[1]\n", '{"mine": 1}\n'])
 def test_a_foreign_file_stays_as_it_is(tmp_path: Path, content: str) -> None:
     (tmp_path / MANIFEST).write_text(content)
     with pytest.raises(ValueError, match=r"choose another --out|other settings \(mine was 1 and is None"):

@@ -289,6 +289,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         without_weights,
         "has neither model.safetensors nor model.safetensors.index",
     ),
+    "no prefix": (
+        change_weights(lambda w: w.update({name.removeprefix("model."): w.pop(name) for name in list(w)})),
+        r"lacks the tensor model.embed_tokens.weight, which must be \[320, 32\]: save it as a model for causal language",
+    ),
+    "not a number": (
+        change_weights(lambda w: w[Q_PROJ].view(-1)[:1].fill_(float("nan"))),
+        rf"{Q_PROJ} has values that are not finite: give a model that was saved whole",
+    ),
     "missing tensor": (change_weights(lambda w: w.pop(Q_PROJ)), rf"lacks the tensor {Q_PROJ}, which must be \[32, 32\]"),
     "extra tensor": (
         change_weights(lambda w: w.update({"score.weight": torch.ones(2, 3)})),

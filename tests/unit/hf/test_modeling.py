@@ -85,7 +85,7 @@ def test_losses_are_means_over_their_own_tokens(model: MMARForCausalLM, batch: d
     labels = torch.where(batch["attention_mask"].bool(), batch["input_ids"], -100)
     output = model(**batch, image_masked=masked, labels=labels)
     log_probability = output.logits[:, :-1].log_softmax(dim=-1).gather(-1, labels[:, 1:, None].clamp(min=0))[..., 0]
-    learned = labels[:, 1:] != -100
+    learned = (labels[:, 1:] != -100) & (labels[:, 1:] != IMAGE)
     torch.testing.assert_close(output.text_loss, -log_probability[learned].mean())
     torch.testing.assert_close(output.loss, output.text_loss + output.image_loss)
     assert output.image_conditions.shape == (3, 64)
