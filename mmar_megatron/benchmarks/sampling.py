@@ -15,8 +15,7 @@ from mmar_megatron.config import parse_command_line
 from mmar_megatron.data.sequence import DocumentImage
 from mmar_megatron.data.source import DataSource
 from mmar_megatron.diffusion.conditional import draw_tokens
-from mmar_megatron.diffusion.painting import Draw, ImageSampling, paint_tokens
-from mmar_megatron.diffusion.sampler import NoiseSource
+from mmar_megatron.diffusion.painting import Draw, ImageSampling, Round, paint_tokens
 from mmar_megatron.engine.base import Engine
 from mmar_megatron.inference.images import paint_latents
 from mmar_megatron.training.building import build_engine
@@ -75,26 +74,18 @@ def paint_plainly(engine: Engine, prompts: Sequence[str], *, source: DataSource,
     ids = [source.tokenizer.encode(prompt) for prompt in prompts]
     halves: list[list[list[int]]] = [ids, [[] for _ in ids]] if sampling.guided else [ids]
 
-    def draw(
-        latents_BNC: Tensor,
-        masked_BN: Tensor,
-        *,
-        row_K: Tensor,
-        place_K: Tensor,
-        noise: NoiseSource,
-        guidance_scale_K1: Tensor | None,
-    ) -> Tensor:
+    def draw(asked: Round) -> Tensor:
         documents = [
             source.builder.text_to_image(prompt, image=DocumentImage(latents_NC=latents, masked_N=masked), sample_id=0)
             for half in halves
-            for prompt, latents, masked in zip(half, latents_BNC.cpu().numpy(), masked_BN.cpu().numpy(), strict=True)
+            for prompt, latents, masked in zip(half, asked.latents_BNC.cpu().numpy(), asked.masked_BN.cpu().numpy(), strict=True)
         ]
         h_SBD = engine.hidden_states(source.assemble([[d] for d in documents], timestep_multiplier=1).to(platform.device()))
         assert h_SBD is not None
-        rows = torch.cat([row_K + half * len(latents_BNC) for half in range(len(halves))])
+        rows = torch.cat([asked.row_K + half * len(asked.latents_BNC) for half in range(len(halves))])
         starts = torch.tensor([document.image_start for document in documents], device=h_SBD.device)
-        z_KZ = model.image_condition(h_SBD[starts[rows] + place_K.repeat(len(halves)), rows])
-        return draw_tokens(model.denoise, z_KZ, sampler=sampler, noise=noise, guidance_scale=guidance_scale_K1)
+        z_KZ = model.image_condition(h_SBD[starts[rows] + asked.place_K.repeat(len(halves)), rows])
+        return draw_tokens(model.denoise, z_KZ, sampler=sampler, noise=asked.noise, guidance_scale=asked.guidance_scale_K1)
 
     return _paint(draw, len(prompts), source=source, sampling=sampling)
 
@@ -106,17 +97,9 @@ def paint_without_backbone(engine: Engine, images: int, *, source: DataSource, s
     sampler = sampling.head_sampler(schedule=model.schedule, parameterization=model.parameterization)
     halves = 2 if sampling.guided else 1
 
-    def draw(
-        latents_BNC: Tensor,
-        masked_BN: Tensor,
-        *,
-        row_K: Tensor,
-        place_K: Tensor,
-        noise: NoiseSource,
-        guidance_scale_K1: Tensor | None,
-    ) -> Tensor:
-        z_KZ = torch.zeros(halves * len(row_K), model.settings.head.width, device=row_K.device)
-        return draw_tokens(model.denoise, z_KZ, sampler=sampler, noise=noise, guidance_scale=guidance_scale_K1)
+    def draw(asked: Round) -> Tensor:
+        z_KZ = torch.zeros(halves * len(asked.row_K), model.settings.head.width, device=asked.row_K.device)
+        return draw_tokens(model.denoise, z_KZ, sampler=sampler, noise=asked.noise, guidance_scale=asked.guidance_scale_K1)
 
     return _paint(draw, images, source=source, sampling=sampling)
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -71,28 +71,26 @@ class ImageSampling:
         )
 
 
-class Draw(Protocol):
-    """The model: draws tokens of images of which some are masked."""
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """What the model is asked in one round."""
 
-    def __call__(
-        self,
-        latents_BNC: Tensor,
-        masked_BN: Tensor,
-        *,
-        row_K: Tensor,
-        place_K: Tensor,
-        noise: NoiseSource,
-        guidance_scale_K1: Tensor | None,
-    ) -> Tensor:
-        """The tokens at these places of these images, [K, C] in fp32.
+    latents_BNC: Tensor
+    """What is drawn so far; of no meaning where masked."""
+    masked_BN: Tensor
+    """What is not."""
+    row_K: Tensor
+    """Of the tokens to draw, the image ..."""
+    place_K: Tensor
+    """... and the place in it."""
+    noise: NoiseSource
+    """For the head's steps, [K, C]."""
+    guidance_scale_K1: Tensor | None
+    """Of each token; none: without guidance."""
 
-        Args:
-            latents_BNC: what is drawn so far; of no meaning where masked.
-            masked_BN: what is not.
-            row_K, place_K: image and token.
-            noise: for the head's steps, [K, C].
-            guidance_scale_K1: of each token; none: without guidance.
-        """
+
+Draw = Callable[[Round], Tensor]
+"""The model: the tokens that are asked for, [K, C] in fp32."""
 
 
 def paint_tokens(
@@ -134,12 +132,14 @@ def paint_tokens(
             noise = partial(_noise, streams=streams, counts=counts, channels=latents_BNC.shape[2], device=device)
             left_B = masked_BN.sum(dim=1) - torch.tensor(counts, device=device)
             drawn_KC = draw(
-                latents_BNC,
-                masked_BN,
-                row_K=row_K,
-                place_K=place_K,
-                noise=noise,
-                guidance_scale_K1=_guidance(sampling, 1 - left_B / num_tokens)[row_K, None] if sampling.guided else None,
+                Round(
+                    latents_BNC=latents_BNC,
+                    masked_BN=masked_BN,
+                    row_K=row_K,
+                    place_K=place_K,
+                    noise=noise,
+                    guidance_scale_K1=_guidance(sampling, 1 - left_B / num_tokens)[row_K, None] if sampling.guided else None,
+                )
             )
             if not bool(drawn_KC.isfinite().all()):
                 raise FloatingPointError(

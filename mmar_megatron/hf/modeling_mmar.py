@@ -27,9 +27,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmar_megatron.diffusion.conditional import denoising_loss, draw_tokens
-from mmar_megatron.diffusion.painting import ImageSampling, paint_tokens
+from mmar_megatron.diffusion.painting import ImageSampling, Round, paint_tokens
 from mmar_megatron.diffusion.parameterization import Parameterization
-from mmar_megatron.diffusion.sampler import NoiseSource
 from mmar_megatron.diffusion.schedule import NoiseSchedule
 from mmar_megatron.hf.configuration_mmar import MMARConfig
 from mmar_megatron.model.head import DiffusionHead
@@ -584,17 +583,11 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
         latents_BNC, masked_BN = self._start(start_latents, redraw, shape=shape)
         prompt = self._read_prompts(input_ids, attention_mask, image_latents, guided=sampling.guided)
 
-        def draw(
-            latents_BNC: Tensor,
-            masked_BN: Tensor,
-            *,
-            row_K: Tensor,
-            place_K: Tensor,
-            noise: NoiseSource,
-            guidance_scale_K1: Tensor | None,
-        ) -> Tensor:
-            z_KZ = self._conditions(prompt, latents_BNC, masked_BN, row_K, place_K)
-            return draw_tokens(self.denoise, z_KZ, sampler=head_sampler, noise=noise, guidance_scale=guidance_scale_K1)
+        def draw(asked: Round) -> Tensor:
+            z_KZ = self._conditions(prompt, asked)
+            return draw_tokens(
+                self.denoise, z_KZ, sampler=head_sampler, noise=asked.noise, guidance_scale=asked.guidance_scale_K1
+            )
 
         return paint_tokens(
             draw,
@@ -635,15 +628,13 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
         cache.commit(valid_BP.bool())
         return cache
 
-    def _conditions(
-        self, prompt: KeyValueCache, latents_BNC: Tensor, masked_BN: Tensor, row_K: Tensor, place_K: Tensor
-    ) -> Tensor:
-        """The head's conditions at these tokens [K, Z]; of both halves where there are two, [2 K, Z]."""
+    def _conditions(self, prompt: KeyValueCache, asked: Round) -> Tensor:
+        """The head's conditions at the tokens asked for [K, Z]; of both halves where there are two, [2 K, Z]."""
         valid_BP = prompt.valid_BT
         assert valid_BP is not None
-        halves = len(valid_BP) // len(latents_BNC)
-        num_tokens = latents_BNC.shape[1]
-        image_BND = self.model.embed_images(latents_BNC, masked_MN=masked_BN).to(self.model.embed_tokens.weight.dtype)
+        halves = len(valid_BP) // len(asked.latents_BNC)
+        num_tokens = asked.latents_BNC.shape[1]
+        image_BND = self.model.embed_images(asked.latents_BNC, masked_MN=asked.masked_BN).to(self.model.embed_tokens.weight.dtype)
         position_BN = valid_BP.sum(dim=1, keepdim=True) + torch.arange(num_tokens, device=valid_BP.device)
         h_BND = self.model(
             image_BND.repeat(halves, 1, 1),
@@ -652,5 +643,5 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
             position_ids_BS=position_BN,
             cache=prompt,
         )
-        h_KD = torch.cat([half[row_K, place_K] for half in h_BND.chunk(halves)])
+        h_KD = torch.cat([half[asked.row_K, asked.place_K] for half in h_BND.chunk(halves)])
         return self.post_projector(h_KD)

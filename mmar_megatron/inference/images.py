@@ -21,8 +21,7 @@ from mmar_megatron import platform
 from mmar_megatron.data.sequence import Text
 from mmar_megatron.data.source import DataSource
 from mmar_megatron.diffusion.conditional import draw_tokens
-from mmar_megatron.diffusion.painting import ImageSampling, paint_tokens
-from mmar_megatron.diffusion.sampler import NoiseSource
+from mmar_megatron.diffusion.painting import ImageSampling, Round, paint_tokens
 from mmar_megatron.engine.base import Engine
 from mmar_megatron.inference.batches import image_batch, prompt_batch
 from mmar_megatron.model.key_values import KeyValueCache
@@ -109,34 +108,27 @@ class _Painter:
         self._prompts.commit(batch.document_ids_BS >= 0)
         self._first_B = (batch.document_ids_BS >= 0).sum(dim=1)
 
-    def __call__(
-        self,
-        latents_BNC: Tensor,
-        masked_BN: Tensor,
-        *,
-        row_K: Tensor,
-        place_K: Tensor,
-        noise: NoiseSource,
-        guidance_scale_K1: Tensor | None,
-    ) -> Tensor:
+    def __call__(self, asked: Round) -> Tensor:
         """See `Draw`; alike on all ranks."""
-        halves = len(self._first_B) // len(latents_BNC)
+        halves = len(self._first_B) // len(asked.latents_BNC)
         batch = image_batch(
-            latents_BNC,
-            masked_BN,
+            asked.latents_BNC,
+            asked.masked_BN,
             first_B=self._first_B,
             source=self._source,
             multiple=self._groups.tensor.size(),
         )
         h_SBD = self._engine.hidden_states(batch, cache=self._prompts)
-        drawn_KC = torch.empty((len(row_K), latents_BNC.shape[2]), device=platform.device())
+        drawn_KC = torch.empty((len(asked.row_K), asked.latents_BNC.shape[2]), device=platform.device())
         if h_SBD is not None:
             model = self._engine.last_stage
             assert model is not None
             sampler = self._sampling.head_sampler(schedule=model.schedule, parameterization=model.parameterization)
-            rows = torch.cat([row_K + half * len(latents_BNC) for half in range(halves)])
-            z_KZ = model.image_condition(h_SBD[place_K.repeat(halves), rows])
-            drawn_KC = draw_tokens(model.denoise, z_KZ, sampler=sampler, noise=noise, guidance_scale=guidance_scale_K1)
+            rows = torch.cat([asked.row_K + half * len(asked.latents_BNC) for half in range(halves)])
+            z_KZ = model.image_condition(h_SBD[asked.place_K.repeat(halves), rows])
+            drawn_KC = draw_tokens(
+                model.denoise, z_KZ, sampler=sampler, noise=asked.noise, guidance_scale=asked.guidance_scale_K1
+            )
         if self._groups.pipeline.size() > 1:
             torch.distributed.broadcast(drawn_KC, group=self._groups.pipeline, group_src=self._groups.pipeline.size() - 1)
         return drawn_KC

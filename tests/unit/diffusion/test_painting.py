@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmar_megatron.diffusion.painting import (
     ImageSampling,
+    Round,
     cosine_rounds,
     image_generator,
     paint_tokens,
@@ -67,14 +68,15 @@ def test_guidance_grows_with_what_is_drawn() -> None:
     """Of two images of which one begins half drawn; in the last round it is the whole scale."""
     scales: list[list[float]] = []
 
-    def draw(latents_BNC: Tensor, masked_BN: Tensor, *, row_K: Tensor, guidance_scale_K1: Tensor, **_: Any) -> Tensor:
-        scales.append([float(guidance_scale_K1[row_K == b].mean()) for b in range(2)])
-        return torch.ones(len(row_K), latents_BNC.shape[2])
+    def draw(asked: Round) -> Tensor:
+        assert asked.guidance_scale_K1 is not None
+        scales.append([float(asked.guidance_scale_K1[asked.row_K == b].mean()) for b in range(2)])
+        return torch.ones(len(asked.row_K), 3)
 
     masked_BN = torch.ones(2, 16, dtype=torch.bool)
     masked_BN[1, :8] = False
     sampling = ImageSampling(rounds=4, guidance_scale=5.0, guidance_schedule="linear")
-    drawn = paint_tokens(draw, latents_BNC=torch.zeros(2, 16, 3), masked_BN=masked_BN, sampling=sampling)  # type: ignore[arg-type]
+    drawn = paint_tokens(draw, latents_BNC=torch.zeros(2, 16, 3), masked_BN=masked_BN, sampling=sampling)
     left = [math.floor(16 * math.cos(math.pi / 8 * k)) for k in range(1, 4)] + [0]
     assert [scale for scale, _ in scales] == pytest.approx([1 + 4 * (16 - n) / 16 for n in left])
     assert scales[-1] == [5.0, 5.0]
