@@ -27,8 +27,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmar_megatron.diffusion.conditional import denoising_loss, draw_tokens
-from mmar_megatron.diffusion.painting import ImageSampling, Round, paint_tokens
+from mmar_megatron.diffusion.painting import GuidanceSchedule, ImageSampling, Order, Round, paint_tokens
 from mmar_megatron.diffusion.parameterization import Parameterization
+from mmar_megatron.diffusion.sampler import SamplerKind
 from mmar_megatron.diffusion.schedule import NoiseSchedule
 from mmar_megatron.hf.configuration_mmar import MMARConfig
 from mmar_megatron.model.head import DiffusionHead
@@ -528,9 +529,9 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
         guidance_scale: float = 2.0,
         rounds: int = 16,
         steps: int | None = None,
-        sampler: str | None = None,
-        order: str = "random",
-        guidance_schedule: str = "constant",
+        sampler: SamplerKind | None = None,
+        order: Order = "random",
+        guidance_schedule: GuidanceSchedule = "constant",
         temperature: float = 1.0,
         seed: int = 0,
         first_number: int = 0,
@@ -571,13 +572,16 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
             raise ValueError(
                 "each prompt must be bos_token_id, text, begin_image_token_id, padded on the left: see processor.to_paint"
             )
-        choices: dict[str, Any] = {
-            "steps": config.diffusion["sampling_steps"] if steps is None else steps,
-            "sampler": config.diffusion["sampler"] if sampler is None else sampler,
-            "order": order,
-            "guidance_schedule": guidance_schedule,
-        }
-        sampling = ImageSampling(rounds=rounds, guidance_scale=guidance_scale, temperature=temperature, seed=seed, **choices)
+        sampling = ImageSampling(
+            rounds=rounds,
+            steps=config.diffusion["sampling_steps"] if steps is None else steps,
+            guidance_scale=guidance_scale,
+            guidance_schedule=guidance_schedule,
+            order=order,
+            sampler=config.diffusion["sampler"] if sampler is None else sampler,
+            temperature=temperature,
+            seed=seed,
+        )
         head_sampler = sampling.head_sampler(schedule=self.schedule, parameterization=self.parameterization)
         shape = (len(input_ids), config.num_image_tokens, config.image["channels"])
         latents_BNC, masked_BN = self._start(start_latents, redraw, shape=shape)
