@@ -53,9 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     """Reads the pictures."""
     from mmar_megatron.generation.opening import open_model  # here, since torch takes seconds
-    from mmar_megatron.generation.progress import Progress
     from mmar_megatron.generation.reading import Reading, find_pictures, read, read_inputs
     from mmar_megatron.generation.texts import TextFile
+    from mmar_megatron.progress import Progress
 
     if (args.input is None) == (not args.pictures):
         raise ValueError("give pictures, or else --input with a file that names them")
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
             settings = {**asdict(reading), **drawn, **opened.facts}
             file = stack.enter_context(TextFile(args.out, inputs=inputs, settings=settings))
         done = before = 0 if file is None else file.done
-        progress = Progress(len(inputs), done=before, what="inputs")
+        progress = Progress.on_stderr(len(inputs), done=before, what="inputs")
         stack.callback(progress.close)
         found = read(
             opened,

@@ -91,8 +91,8 @@ def run(args: argparse.Namespace) -> str:
     from mmar_megatron.generation.files import Folder
     from mmar_megatron.generation.opening import open_model
     from mmar_megatron.generation.painting import paint, pictures_of, settle
-    from mmar_megatron.generation.progress import Progress
     from mmar_megatron.generation.prompts import check_lengths
+    from mmar_megatron.progress import Progress
 
     if args.batch_size < 1:
         raise ValueError(f"--batch_size is {args.batch_size}: give 1 or more")
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> str:
     records = [picture.record(opened, settings, edit=edit) for picture in pictures]
     with Folder(args.out, records=records) as folder:
         before = folder.done
-        progress = Progress(len(pictures), done=before, what="pictures")
+        progress = Progress.on_stderr(len(pictures), done=before, what="pictures")
         painted = paint(
             opened,
             pictures,

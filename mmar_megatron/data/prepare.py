@@ -24,7 +24,6 @@ from mmar_megatron.data.index import INDEX_NAME, SPLITS, Index, Split, write_ind
 from mmar_megatron.data.preparation.look import Looker
 from mmar_megatron.data.preparation.plan import Plan, make_plan
 from mmar_megatron.data.preparation.pool import ordered
-from mmar_megatron.data.preparation.progress import Progress
 from mmar_megatron.data.preparation.recipe import Recipe
 from mmar_megatron.data.preparation.records import UNDECODABLE, Block, Made, Raw, Source
 from mmar_megatron.data.preparation.report import Report
@@ -32,6 +31,7 @@ from mmar_megatron.data.preparation.training_texts import training_texts
 from mmar_megatron.data.preparation.unfinished import Finished, Unfinished
 from mmar_megatron.data.preparation.write import Preparer, my_shards, part_file, read_part, write_shards
 from mmar_megatron.data.tokenizer import load_tokenizer, train_sentencepiece
+from mmar_megatron.progress import Progress
 
 if TYPE_CHECKING:
     from mmar_megatron.config import DataConfig
@@ -232,7 +232,7 @@ class Preparation:
     def _progress(self, total: int, what: str, *, done: int = 0) -> Progress:
         mine = " by rank 0" if self.ranks > 1 else ""
         live = self.log is print and self.rank == 0 and sys.stdout.isatty()
-        return Progress(total, done=done, what=what + mine, log=self._say, live=live)
+        return Progress(total, done=done, what=what + mine, log=self._say, terminal=sys.stdout if live else None)
 
     def _say(self, line: str) -> None:
         if self.rank == 0:

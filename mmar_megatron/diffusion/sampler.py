@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -147,28 +147,25 @@ class Sampler:
             alpha_t, sigma_t = float(schedule.alpha_T[t]), float(schedule.sigma_T[t])
             alpha_s, sigma_s = (1.0, 0.0) if s is None else (float(schedule.alpha_T[s]), float(schedule.sigma_T[s]))
             shrink = alpha_t * sigma_s / (alpha_s * sigma_t)  # exp(-h)
+            rho = shrink if kind == "ancestral" else 1.0
             c_x, c_eps = parameterization.coefficients(alpha=alpha_t, sigma=sigma_t)
             target = {"c_x": c_x, "c_eps": c_eps, "alpha_t": alpha_t, "sigma_t": sigma_t}
-            if kind == "dpm_solver++":
-                clean_state, clean_output = step_coefficients(**target, alpha_s=1.0, sigma_s=0.0)
-                stride = math.inf if shrink == 0 else -math.log(shrink)
-                ahead = stride / (2 * stride_before) if math.isfinite(stride) else 0.0
-                gain, stride_before = alpha_s * (1 - shrink), stride
-                self.steps.append(
-                    Step(
-                        t=t,
-                        state=sigma_s / sigma_t + gain * (1 + ahead) * clean_state,
-                        output=gain * (1 + ahead) * clean_output,
-                        memory=-gain * ahead,
-                        clean_state=clean_state,
-                        clean_output=clean_output,
-                    )
-                )
-                continue
-            rho = 1.0 if kind == "ddim" else shrink
             state, output = step_coefficients(**target, alpha_s=alpha_s, sigma_s=rho * sigma_s)
-            noise = temperature * sigma_s * (1 - rho**2) ** 0.5
-            self.steps.append(Step(t=t, state=state, output=output, noise=noise))
+            step = Step(t=t, state=state, output=output, noise=temperature * sigma_s * (1 - rho**2) ** 0.5)
+            if kind == "dpm_solver++":  # DDIM's step, and w (x - x_before) more
+                stride = math.inf if shrink == 0 else -math.log(shrink)
+                w = stride / (2 * stride_before) if math.isfinite(stride) else 0.0
+                more, stride_before = alpha_s * (1 - shrink) * w, stride
+                clean_state, clean_output = step_coefficients(**target, alpha_s=1.0, sigma_s=0.0)
+                step = replace(
+                    step,
+                    state=state + more * clean_state,
+                    output=output + more * clean_output,
+                    memory=-more,
+                    clean_state=clean_state,
+                    clean_output=clean_output,
+                )
+            self.steps.append(step)
 
     def timesteps(self) -> list[int]:
         """The levels at which the network is evaluated, from the noisiest down."""
@@ -183,15 +180,16 @@ class Sampler:
             noise: Called with 0 for the start, and with k for the noise after the k-th step where there is any. All randomness
                 is the caller's: noise that depends on the row's identity alone makes samples independent of batch and layout.
         """
-        x_NC = before_NC = self.initial_scale * noise(0).float()
+        x_NC = clean_NC = self.initial_scale * noise(0).float()
         for k, step in enumerate(self.steps, start=1):
             t_N = torch.full(x_NC.shape[:1], step.t, dtype=torch.int64, device=x_NC.device)
             u_NC = predict(x_NC, t_N).float()
-            clean_NC = step.clean_state * x_NC + step.clean_output * u_NC
-            x_NC = step.state * x_NC + step.output * u_NC
+            next_NC = step.state * x_NC + step.output * u_NC
             if step.memory:
-                x_NC = x_NC + step.memory * before_NC
+                next_NC = next_NC + step.memory * clean_NC  # of the step before
             if step.noise > 0:
-                x_NC = x_NC + step.noise * noise(k).float()
-            before_NC = clean_NC
+                next_NC = next_NC + step.noise * noise(k).float()
+            if step.clean_output:
+                clean_NC = step.clean_state * x_NC + step.clean_output * u_NC
+            x_NC = next_NC
         return x_NC

@@ -96,7 +96,7 @@ def model_card(checkpoint: Path, config: Config, *, average: bool) -> str:
         f"{_FRONT}\n# MMAR model\n\nOne decoder that reads and writes text, and reads and paints images as continuous tokens; "
         f"{origin} MMAR-Megatron {platform.versions()['mmar_megatron']}.",
         f"## The run\n\n{_table(rows)}",
-        f"## Losses at step {step:,}{of_weights}\n\n{_table(losses)}" if losses else "",
+        f"## Last losses up to step {step:,}{of_weights}\n\n{_table(losses)}" if losses else "",
         f"## Use\n\nNeeds {needs}. The code ships with the weights, so that `trust_remote_code=True` is asked for; `DIR` is this "
         f"directory.\n\n{_USAGE}",
         "## Limits\n\nNot evaluated for safety or bias. It knows what its training data held, and no more.",

@@ -32,7 +32,7 @@ from mmar_megatron.hf.storage import CheckpointReader, Pace, TensorSpec, all_or_
 from mmar_megatron.hf.tokenizer_json import hugging_face_files
 from mmar_megatron.hf.weights import INDEX, SINGLE
 from mmar_megatron.model.mmar_model import padded_vocab_size
-from mmar_megatron.training import checkpoint, manifest
+from mmar_megatron.training import checkpoint
 from mmar_megatron.training.checkpoint import CONFIG
 
 VAE = "vae"
@@ -80,6 +80,11 @@ class Exportable:
         dtype = self.dtype or spec.dtype
         count = TensorSpec(spec.shape if link.layer is None else spec.shape[1:], dtype)
         return count.nbytes
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(self.nbytes(link) for link in self.links)
 
 
 def open_checkpoint(
@@ -240,7 +245,7 @@ def export(source: Exportable, out: Path, *, shard_bytes: int = 5 * 10**9, say: 
         ValueError: `out` exists; or a value does not fit into the source's `dtype`.
         OSError: the disk is too full or cannot be written.
     """
-    needed = sum(source.nbytes(link) for link in source.links) + sum(file.stat().st_size for file in copies_of(source).values())
+    needed = source.total_bytes + sum(file.stat().st_size for file in copies_of(source).values())
     with all_or_nothing(out, needed=needed) as partial:
         _write_weights(source, partial, shard_bytes=shard_bytes, say=say)
         for name, text in files_of(source).items():
@@ -318,7 +323,7 @@ def _as_json(values: Any) -> str:
 
 def _write_weights(source: Exportable, directory: Path, *, shard_bytes: int, say: Callable[[str], None]) -> None:
     shards = list(_in_shards(source, shard_bytes))
-    pace = Pace(pieces=len(source.links), nbytes=sum(source.nbytes(link) for link in source.links), say=say)
+    pace = Pace(pieces=len(source.links), nbytes=source.total_bytes, say=say)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -329,13 +334,11 @@ def _write_weights(source: Exportable, directory: Path, *, shard_bytes: int, say
         save_file(tensors, directory / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
     if len(shards) > 1:
-        total = sum(source.nbytes(link) for link in source.links)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        index = {"metadata": {"total_size": source.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         (directory / INDEX).write_text(_as_json(index))
     readable = directory.stat().st_mode & 0o666  # safetensors' files are the owner's alone
     for file in directory.iterdir():
         file.chmod(readable)
-        manifest.record(file)  # flushes it to the disk
 
 
 def _in_shards(source: Exportable, shard_bytes: int) -> Iterator[list[Link]]:

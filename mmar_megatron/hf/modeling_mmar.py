@@ -619,7 +619,7 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
     def _read_prompts(
         self, input_ids: Tensor, attention_mask: Tensor | None, image_latents: Tensor | None, *, guided: bool
     ) -> KeyValueCache:
-        """Keys and values of the prompts; with guidance they stand there twice, then without text."""
+        """Keys and values of the prompts; with guidance, behind them those of as many without text, as in training."""
         valid_BP = (input_ids != self.config.pad_token_id).long() if attention_mask is None else attention_mask
         if guided:
             without = torch.full_like(input_ids, self.config.pad_token_id)

@@ -62,9 +62,8 @@ class MMARProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> MMARProcessor:
         """See transformers."""
-        options.setdefault(
-            "trust_remote_code", False
-        )  # of the tokenizer, which has no code; transformers would ask on the terminal
+        # The tokenizer's, which has no code: transformers would ask for it on the terminal.
+        options.setdefault("trust_remote_code", False)
         processor = super().from_pretrained(pretrained_model_name_or_path, **options)
         processor._directory = str(pretrained_model_name_or_path)  # where a vae lies
         return processor

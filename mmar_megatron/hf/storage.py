@@ -177,7 +177,7 @@ def write_checkpoint(
 
 @contextmanager
 def all_or_nothing(out: Path, *, needed: int) -> Iterator[Path]:
-    """A directory to fill, which is `out` when all went well, and gone when not.
+    """A directory to fill, which is `out`, safe on the disk, when all went well, and gone when not.
 
     Args:
         out: must not exist.
@@ -196,9 +196,10 @@ def all_or_nothing(out: Path, *, needed: int) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        manifest.flush_directory(partial)
+        for path in (*partial.rglob("*"), partial):
+            manifest.flush(path)
         partial.rename(out)
-        manifest.flush_directory(out.parent)
+        manifest.flush(out.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

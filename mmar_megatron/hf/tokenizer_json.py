@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -36,9 +35,7 @@ _ODD_TEXTS = (
 )
 
 
-def hugging_face_files(
-    tokenizer: Tokenizer, serialized: bytes, *, chat_template: str | None = None, model_max_length: int | None = None
-) -> dict[str, str]:
+def hugging_face_files(tokenizer: Tokenizer, serialized: bytes) -> dict[str, str]:
     """`tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json`: names and contents.
 
     Special tokens that `tokenizer` has appended above its vocabulary get the first name of their role in `SPECIAL_TOKENS`; where
@@ -47,8 +44,6 @@ def hugging_face_files(
     Args:
         tokenizer: what the model was trained with.
         serialized: content of the file that it was read from.
-        chat_template: in Jinja's language; see `chat_template_of`.
-        model_max_length: in tokens; None is unlimited.
 
     Raises:
         ValueError: no `tokenizer.json` gives the same ids.
@@ -68,26 +63,11 @@ def hugging_face_files(
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
     }
-    if chat_template is not None:
-        config["chat_template"] = chat_template
-    if model_max_length is not None:
-        config["model_max_length"] = model_max_length
     return {
         "tokenizer.json": tokenizer_json,
         "tokenizer_config.json": _json(config),
         "special_tokens_map.json": _json(special),
     }
-
-
-def chat_template_of(directory: Path) -> str | None:
-    """The chat template that lies beside a `tokenizer.json`, the default one of several; None if there is none."""
-    template_file, config_file = directory / "chat_template.jinja", directory / "tokenizer_config.json"
-    if template_file.is_file():
-        return template_file.read_text()
-    template = json.loads(config_file.read_text()).get("chat_template") if config_file.is_file() else None
-    if isinstance(template, list):
-        return next((one["template"] for one in template if one["name"] == "default"), None)
-    return template
 
 
 def _from_sentencepiece(serialized: bytes) -> tokenizers.Tokenizer:

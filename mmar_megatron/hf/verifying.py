@@ -76,7 +76,7 @@ def compare(source: Exportable, directory: Path, *, say: Callable[[str], None] =
     """
     weights = HuggingFaceWeights(directory)
     found = Comparison()
-    pace = Pace(pieces=len(source.links), nbytes=sum(source.nbytes(link) for link in source.links), say=say)
+    pace = Pace(pieces=len(source.links), nbytes=source.total_bytes, say=say)
     unseen = set(weights.specs)
     for link in source.links:
         for name, ours in source.tensors(link).items():

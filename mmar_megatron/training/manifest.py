@@ -42,7 +42,7 @@ def write(directory: Path, *, files: dict[str, FileRecord], facts: dict[str, Any
         json.dump({**manifest, "sha256": _digest(manifest)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    flush_directory(directory)
+    flush(directory)
 
 
 def read(directory: Path) -> dict[str, Any]:
@@ -91,9 +91,9 @@ def _differences(directory: Path, files: Iterable[tuple[str, FileRecord]]) -> It
             yield f"{name} is missing"
 
 
-def flush_directory(directory: Path) -> None:
-    """Make the names in a directory durable, not only the files' contents."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Make a file's content, or the names in a directory, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -344,7 +344,7 @@ class _Save:
         if final.exists():  # an earlier course of the run came as far
             _make_way(final)
         self.partial.rename(final)
-        manifest.flush_directory(final.parent)
+        manifest.flush(final.parent)
         shutil.rmtree(checkpoint.replaced(final), ignore_errors=True)
 
     def _in_background(self, sender: Connection) -> None:

@@ -1,6 +1,6 @@
 """Which way imports run, and which file alone may speak to a foreign library. Reads the source, imports nothing.
 
-    config, platform <- parallel <- diffusion, data, model, engine <- inference, scaling, evaluation <- training
+    config, platform, progress <- parallel <- diffusion, data, model, engine <- inference, scaling, evaluation <- training
                                                           <- pretrain_mmar.py, hf <- generation, chaos, benchmarks, tools
 
 `diffusion`, `data`, `model` and `engine` do not import each other, with two exceptions: `model` uses `diffusion`; and the
@@ -19,11 +19,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "mmar_megatron"
 
-BASE = {"config", "config_checks", "platform", "parallel"}
+BASE = {"config", "config_checks", "platform", "progress", "parallel"}
 CORE = BASE | {"diffusion", "data", "model", "engine"}
 # What each part may import, as module paths within the package; a path allows all that is below it.
 ALLOWED: dict[str, set[str]] = {
     "platform": set(),
+    "progress": set(),
     "config": {"platform", "config_checks"},
     "config_checks": {"config"},  # for its types alone
     "parallel": {"config", "platform"},

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -14,7 +14,9 @@ import yaml
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mmar_megatron import config as configuration
-from mmar_megatron.config import Config, parse_command_line
+from mmar_megatron.config import Config, DiffusionConfig, RotaryScalingConfig, parse_command_line
+from mmar_megatron.diffusion import ParameterizationName, SamplerKind, ScheduleName
+from mmar_megatron.model.rotary import RotaryScaling
 from tests.unit.command_line import INTERLEAVED, PP2, TP2, parse, share_parser
 
 
@@ -276,3 +278,16 @@ def test_every_example_is_a_configuration(file: Path) -> None:
     over = [] if alone else ["--config", str(file.with_name("tiny.yaml")), "--data.generate", "null"]
     config = parse_command_line([*over, "--config", str(file)]).config
     assert all(source.path.startswith("data/") for source in config.data.sources.values())
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "known"),
+    [
+        (DiffusionConfig, "schedule", ScheduleName),
+        (DiffusionConfig, "parameterization", ParameterizationName),
+        (DiffusionConfig, "sampler", SamplerKind),
+        (RotaryScalingConfig, "scaling", RotaryScaling),
+    ],
+)
+def test_choices_are_what_the_parts_know(part: type, name: str, known: object) -> None:
+    assert get_type_hints(part)[name] == known

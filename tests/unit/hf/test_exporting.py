@@ -301,7 +301,7 @@ def logged(places: Places, tmp_path: Path) -> Path:
 
 def test_losses_are_the_newest_up_to_the_step(logged: Path) -> None:
     card = card_of(logged)
-    assert f"## Losses at step {STEP}\n" in card
+    assert f"## Last losses up to step {STEP}\n" in card
     for line in (
         "| text, cross-entropy (nats a token) | 4.5000 |",
         "| image, diffusion loss | 0.7500 |",
@@ -315,7 +315,7 @@ def test_losses_are_the_newest_up_to_the_step(logged: Path) -> None:
 def test_losses_are_not_said_to_be_the_averages(logged: Path) -> None:
     card = card_of(logged, average=True)
     assert f"| step | {STEP}, moving average of the weights |" in card
-    assert f"## Losses at step {STEP}, of the weights before averaging\n" in card
+    assert f"## Last losses up to step {STEP}, of the weights before averaging\n" in card
 
 
 def test_without_a_log_there_are_no_losses(places: Places) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -175,6 +176,28 @@ def test_nothing_is_left_of_what_failed(
     with pytest.raises(error):
         write_checkpoint(tmp_path / "out", {"a": TensorSpec((3,), torch.float32)}, read, config_yaml="", facts={})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def synced(descriptor: int) -> None:
+        steps.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    def renamed(path: Path, target: Path) -> Path:
+        steps.append(f"-> {target.name}")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    with storage.all_or_nothing(tmp_path / "out", needed=0) as partial:
+        (partial / "vae").mkdir()
+        for name in ("a", "vae/b"):
+            (partial / name).write_text(name)
+    assert set(steps[:4]) == {"a", "vae", "b", partial.name}
+    assert steps[4:] == ["-> out", tmp_path.name]
 
 
 def test_disk_that_fills_up_is_named(tmp_path: Path) -> None:

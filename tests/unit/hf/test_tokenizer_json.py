@@ -22,7 +22,7 @@ from mmar_megatron.data.tokenizer import (
     Tokenizer,
     train_sentencepiece,
 )
-from mmar_megatron.hf.tokenizer_json import chat_template_of, hugging_face_files
+from mmar_megatron.hf.tokenizer_json import hugging_face_files
 from tests.packages import MISTRAL, pypi_file, qwen3_tokenizer
 
 CAPTIONS = [scene.caption for scene in shapes.draw_scenes(300, split="train", seed=0)]
@@ -134,8 +134,8 @@ def load(serialized: bytes) -> Tokenizer:
     return HuggingFaceTokenizer(serialized) if serialized.startswith(b"{") else SentencePieceTokenizer(serialized)
 
 
-def export(directory: Path, serialized: bytes, **options: Any) -> Path:
-    for name, content in hugging_face_files(load(serialized), serialized, **options).items():
+def export(directory: Path, serialized: bytes) -> Path:
+    for name, content in hugging_face_files(load(serialized), serialized).items():
         (directory / name).write_text(content)
     return directory
 
@@ -196,10 +196,9 @@ def test_names_of_special_tokens(source: str, expected: list[str]) -> None:
 
 
 def test_settings(tmp_path: Path) -> None:
-    export(tmp_path, SOURCES["like Llama 3"](), chat_template="{{ messages[0].content }}!", model_max_length=77)
+    export(tmp_path, SOURCES["like Llama 3"]())
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert (tokenizer.padding_side, tokenizer.model_max_length, tokenizer.clean_up_tokenization_spaces) == ("left", 77, False)
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False) == "Hello!"
+    assert (tokenizer.padding_side, tokenizer.clean_up_tokenization_spaces) == ("left", False)
     padded = tokenizer(["a", "a b c d"], padding=True)["input_ids"]
     assert padded[0][0] == tokenizer.pad_token_id
     assert len(padded[0]) == len(padded[1])
@@ -218,20 +217,6 @@ def test_a_file_that_cuts_and_pads_does_so_no_longer() -> None:
     assert all(json.loads(serialized)[key] for key in ("truncation", "padding"))
     exported = json.loads(hugging_face_files(load(serialized), serialized)["tokenizer.json"])
     assert exported["truncation"] is exported["padding"] is None
-
-
-def test_chat_template_of(tmp_path: Path) -> None:
-    assert chat_template_of(tmp_path) is None
-    config = tmp_path / "tokenizer_config.json"
-    config.write_text("{}")
-    assert chat_template_of(tmp_path) is None
-    several = [{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}]
-    config.write_text(json.dumps({"chat_template": several}))
-    assert chat_template_of(tmp_path) == "D"
-    config.write_text(json.dumps({"chat_template": "one"}))
-    assert chat_template_of(tmp_path) == "one"
-    (tmp_path / "chat_template.jinja").write_text("file")
-    assert chat_template_of(tmp_path) == "file"
 
 
 @pytest.mark.parametrize(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mmar_megatron.diffusion import SamplerKind
+from mmar_megatron.diffusion.painting import GuidanceSchedule, Order
 from mmar_megatron.generation import painting
 from mmar_megatron.generation.files import Folder
 from tests.unit.hf.checkpoints import make_checkpoint
-from tools.generate import main
+from tools.generate import build_parser, main
 
 QUICK = ["--rounds", "2", "--steps", "2"]
 
@@ -116,3 +119,10 @@ def test_options_are_checked_first(capsys: pytest.CaptureFixture[str], options: 
     with pytest.raises(SystemExit):
         main(["--model", "none", "--out", "none", *options])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "known"), [("sampler", SamplerKind), ("order", Order), ("guidance_schedule", GuidanceSchedule)]
+)
+def test_choices_are_what_the_model_knows(option: str, known: object) -> None:
+    assert [action.choices for action in build_parser()._actions if action.dest == option] == [get_args(known)]
