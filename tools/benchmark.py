@@ -49,7 +49,9 @@ def main(argv: list[str]) -> None:
 
 
 def _sampler(args: argparse.Namespace, options: list[str]) -> dict[str, Any]:
-    sampling = ImageSampling(rounds=args.mar_rounds, steps=args.steps, guidance_scale=args.guidance_scale)
+    sampling = ImageSampling(
+        rounds=args.mar_rounds, steps=args.steps, guidance_scale=args.guidance_scale, refresh_every=args.refresh_every
+    )
     return compare_sampling(options, images=args.images, sampling=sampling, rounds=args.rounds)
 
 
@@ -85,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     sampler.add_argument("--mar_rounds", type=int, default=32, help="of each painting (default 32)")
     sampler.add_argument("--steps", type=int, default=25, help="of the head (default 25)")
     sampler.add_argument("--guidance_scale", type=float, default=2.0, help="1: none (default 2)")
+    sampler.add_argument("--refresh_every", type=int, default=8, help="of the mode that re-uses keys and values; 1: leave it out")
     sampler.set_defaults(run=_sampler)
     for kind, rounds in ((sampler, 10), (step, 20), (save, 20), (loader, 20), (index, 100)):
         of = "windows that are planned" if kind is index else "of which medians are taken"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ from mmar_megatron.benchmarks.training import prepare
 from mmar_megatron.config import parse_command_line
 from mmar_megatron.data.sequence import DocumentImage
 from mmar_megatron.data.source import DataSource
-from mmar_megatron.diffusion.conditional import draw_tokens
-from mmar_megatron.diffusion.painting import Draw, ImageSampling, Round, paint_tokens
+from mmar_megatron.diffusion.painting import ImageSampling, Painter, paint_tokens
 from mmar_megatron.engine.base import Engine
 from mmar_megatron.inference.images import paint_latents
+from mmar_megatron.model.mmar_model import MMARModel
 from mmar_megatron.training.building import build_engine
 
 
@@ -39,18 +40,24 @@ def compare_sampling(options: Sequence[str], *, images: int, sampling: ImageSamp
     painted: dict[str, Tensor] = {}
 
     def cached() -> None:
-        painted["cached"] = paint_latents(engine, prompts, source=source, groups=groups, sampling=sampling)
+        painted["cached"] = paint_latents(engine, prompts, source=source, groups=groups, sampling=exact)
 
     def plain() -> None:
-        painted["plain"] = paint_plainly(engine, prompts, source=source, sampling=sampling)
+        painted["plain"] = paint_plainly(engine, prompts, source=source, sampling=exact)
+
+    def reusing() -> None:
+        painted["reusing"] = paint_latents(engine, prompts, source=source, groups=groups, sampling=sampling)
 
     def head() -> None:
-        paint_without_backbone(engine, images, source=source, sampling=sampling)
+        assert engine.last_stage is not None
+        _paint(_HeadAlone(engine.last_stage, sampling=exact), images, source=source, sampling=exact)
 
+    exact = replace(sampling, refresh_every=1)
     with engine.evaluating():
-        plain_s, cached_s, head_s = in_turn([plain, cached, head], rounds=rounds)
-    difference = (painted["cached"] - painted["plain"]).abs().max() / painted["plain"].abs().max()
-    return {
+        plain_s, cached_s, head_s, *reusing_s = in_turn(
+            [plain, cached, head, *([reusing] if sampling.refresh_every > 1 else [])], rounds=rounds
+        )
+    found = {
         "text_tokens": source.builder.max_text,
         "image_tokens": source.codec.num_tokens,
         "plain_s": median(plain_s),
@@ -58,56 +65,87 @@ def compare_sampling(options: Sequence[str], *, images: int, sampling: ImageSamp
         "head_alone_s": median(head_s),
         **ratio(plain_s, cached_s),
         "backbone": ratio(_without(plain_s, head_s), _without(cached_s, head_s)),
-        "largest_relative_difference": float(difference),
+        "largest_relative_difference": _difference(painted["cached"], painted["plain"]),
     }
+    if reusing_s:
+        found["reusing"] = {
+            "refresh_every": sampling.refresh_every,
+            "seconds": median(reusing_s[0]),
+            **ratio(plain_s, reusing_s[0]),
+            "relative_rms_difference": _rms_difference(painted["reusing"], painted["plain"]),
+        }
+    return found
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def _rms_difference(a: Tensor, b: Tensor) -> float:
+    return float(((a - b).square().mean() / b.square().mean()).sqrt())
 
 
 def _without(seconds: Sequence[float], part_s: Sequence[float]) -> list[float]:
     return [both - part for both, part in zip(seconds, part_s, strict=True)]
 
 
+class _Plain(Painter):
+    """Runs over whole sequences in each round, on one process."""
+
+    def __init__(self, engine: Engine, prompts: Sequence[str], *, source: DataSource, sampling: ImageSampling) -> None:
+        assert engine.last_stage is not None
+        super().__init__(engine.last_stage, sampling=sampling)
+        self._engine, self._stage, self._source = engine, engine.last_stage, source
+        ids = [source.tokenizer.encode(prompt) for prompt in prompts]
+        without: list[list[int]] = [[] for _ in ids]
+        self._prompts = ids + without * (self.halves - 1)
+
+    def look(self, latents_BNC: Tensor, *, masked_BN: Tensor, anew_BN: Tensor) -> None:
+        """See `Painter`; all tokens are run over."""
+        images = [
+            DocumentImage(latents_NC=latents_NC, masked_N=masked_N)
+            for latents_NC, masked_N in zip(latents_BNC.cpu().numpy(), masked_BN.cpu().numpy(), strict=True)
+        ] * self.halves
+        documents = [
+            self._source.builder.text_to_image(prompt, image=image, sample_id=0)
+            for prompt, image in zip(self._prompts, images, strict=True)
+        ]
+        batch = self._source.assemble([[document] for document in documents], timestep_multiplier=1).to(platform.device())
+        h_SBD = self._engine.hidden_states(batch)
+        assert h_SBD is not None
+        self._h_SBD = h_SBD
+        self._start_B = torch.tensor([document.image_start for document in documents], device=h_SBD.device)
+
+    def conditions(self, row_K: Tensor, place_K: Tensor, *, halves: int) -> Tensor:
+        """See `Painter`."""
+        rows = torch.cat([row_K + half * (len(self._prompts) // self.halves) for half in range(halves)])
+        return self._stage.image_condition(self._h_SBD[self._start_B[rows] + place_K.repeat(halves), rows])
+
+
+class _HeadAlone(Painter):
+    """The same rounds under conditions that are there already."""
+
+    def __init__(self, stage: MMARModel, *, sampling: ImageSampling) -> None:
+        super().__init__(stage, sampling=sampling)
+        self._width = stage.settings.head.width
+
+    def look(self, latents_BNC: Tensor, *, masked_BN: Tensor, anew_BN: Tensor) -> None:
+        """Nothing is run."""
+
+    def conditions(self, row_K: Tensor, place_K: Tensor, *, halves: int) -> Tensor:
+        """See `Painter`."""
+        return torch.zeros(halves * len(row_K), self._width, device=row_K.device)
+
+
 def paint_plainly(engine: Engine, prompts: Sequence[str], *, source: DataSource, sampling: ImageSampling) -> Tensor:
     """Latents [B, N, C] by whole sequences in each round, on one process."""
-    model = engine.last_stage
-    assert model is not None
-    sampler = sampling.head_sampler(schedule=model.schedule, parameterization=model.parameterization)
-    ids = [source.tokenizer.encode(prompt) for prompt in prompts]
-    halves: list[list[list[int]]] = [ids, [[] for _ in ids]] if sampling.guided else [ids]
-
-    def draw(asked: Round) -> Tensor:
-        documents = [
-            source.builder.text_to_image(prompt, image=DocumentImage(latents_NC=latents, masked_N=masked), sample_id=0)
-            for half in halves
-            for prompt, latents, masked in zip(half, asked.latents_BNC.cpu().numpy(), asked.masked_BN.cpu().numpy(), strict=True)
-        ]
-        h_SBD = engine.hidden_states(source.assemble([[d] for d in documents], timestep_multiplier=1).to(platform.device()))
-        assert h_SBD is not None
-        rows = torch.cat([asked.row_K + half * len(asked.latents_BNC) for half in range(len(halves))])
-        starts = torch.tensor([document.image_start for document in documents], device=h_SBD.device)
-        z_KZ = model.image_condition(h_SBD[starts[rows] + asked.place_K.repeat(len(halves)), rows])
-        return draw_tokens(model.denoise, z_KZ, sampler=sampler, noise=asked.noise, guidance_scale=asked.guidance_scale_K1)
-
-    return _paint(draw, len(prompts), source=source, sampling=sampling)
+    return _paint(_Plain(engine, prompts, source=source, sampling=sampling), len(prompts), source=source, sampling=sampling)
 
 
-def paint_without_backbone(engine: Engine, images: int, *, source: DataSource, sampling: ImageSampling) -> Tensor:
-    """What the head takes: the same rounds under conditions that are there already."""
-    model = engine.last_stage
-    assert model is not None
-    sampler = sampling.head_sampler(schedule=model.schedule, parameterization=model.parameterization)
-    halves = 2 if sampling.guided else 1
-
-    def draw(asked: Round) -> Tensor:
-        z_KZ = torch.zeros(halves * len(asked.row_K), model.settings.head.width, device=asked.row_K.device)
-        return draw_tokens(model.denoise, z_KZ, sampler=sampler, noise=asked.noise, guidance_scale=asked.guidance_scale_K1)
-
-    return _paint(draw, images, source=source, sampling=sampling)
-
-
-def _paint(draw: Draw, images: int, *, source: DataSource, sampling: ImageSampling) -> Tensor:
+def _paint(painter: Painter, images: int, *, source: DataSource, sampling: ImageSampling) -> Tensor:
     shape = (images, source.codec.num_tokens, source.codec.channels)
     return paint_tokens(
-        draw,
+        painter,
         latents_BNC=torch.zeros(shape, device=platform.device()),
         masked_BN=torch.ones(shape[:2], dtype=torch.bool, device=platform.device()),
         sampling=sampling,

@@ -35,8 +35,8 @@ class Batch:
     latents_MNC: Tensor
     """float32: clean image tokens in raster order; 0 in an empty slot."""
     image_positions_MN: Tensor
-    """int64: where each image token stands, as b * S + s; 0 in an empty slot, which is neither visible nor masked. Images that
-    stand in k places have k M rows here: all of the first place, then of the second, ..."""
+    """int64: where each image token stands, as b * S + s; -1 where it stands nowhere, as all of an empty slot, which are neither
+    visible nor masked. Images that stand in k places have k M rows here: all of the first place, then of the second, ..."""
     visible_MN: Tensor
     """bool: the token is read, through EmbeddingViT."""
     masked_MN: Tensor

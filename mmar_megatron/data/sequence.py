@@ -185,7 +185,7 @@ def assemble(
         "document_ids_BS": np.full((num_rows, sequence_length), -1),
         "span_ids_BS": np.full((num_rows, sequence_length), -1),
         "latents_MNC": np.zeros((num_slots, num_tokens, channels), dtype=np.float32),
-        "image_positions_MN": np.zeros((num_slots, num_tokens), dtype=np.int64),
+        "image_positions_MN": np.full((num_slots, num_tokens), -1, dtype=np.int64),
         "visible_MN": np.zeros((num_slots, num_tokens), dtype=np.bool_),
         "masked_MN": np.zeros((num_slots, num_tokens), dtype=np.bool_),
         "timesteps_MNR": np.zeros((num_slots, num_tokens, timestep_multiplier), dtype=np.float32),

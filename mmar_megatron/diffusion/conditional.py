@@ -1,4 +1,5 @@
-"""The diffusion head at work, in training and in painting: the loss of clean tokens, and drawing tokens, under given conditions.
+"""The diffusion head at work, in training and in painting: the loss of clean tokens, drawing tokens, and how sure it is of them,
+under given conditions.
 
 Axes: K tokens, R noise levels for each, C channels, Z width of the condition.
 """
@@ -7,6 +8,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from mmar_megatron.diffusion.parameterization import Parameterization, add_noise, diffusion_loss, guide, zero_loss
@@ -15,7 +18,10 @@ from mmar_megatron.diffusion.schedule import NoiseSchedule
 
 
 class Denoise(Protocol):
-    """The head: noisy tokens at integer levels of the schedule, each token's condition -> the prediction u [K, R, C]."""
+    """The head: noisy tokens at integer levels of the schedule, each token's condition -> the prediction u [K, R, C].
+
+    Levels may be [1, R] or [1, 1], where all tokens have the same: they are embedded once then.
+    """
 
     def __call__(self, x_KRC: Tensor, *, timestep_KR: Tensor, z_KZ: Tensor) -> Tensor:
         """Predict."""
@@ -68,9 +74,33 @@ def draw_tokens(
 
     def predict(x_KC: Tensor, t_K: Tensor) -> Tensor:
         if guidance_scale is None:
-            return denoise(x_KC[:, None], timestep_KR=t_K[:, None], z_KZ=z_KZ)[:, 0]
-        u = denoise(x_KC.repeat(2, 1)[:, None], timestep_KR=t_K.repeat(2)[:, None], z_KZ=z_KZ)[:, 0]
+            return denoise(x_KC[:, None], timestep_KR=t_K[:1, None], z_KZ=z_KZ)[:, 0]
+        u = denoise(x_KC.repeat(2, 1)[:, None], timestep_KR=t_K[:1, None], z_KZ=z_KZ)[:, 0]
         conditional, unconditional = u.chunk(2)
         return guide(conditional, u_uncond=unconditional, scale=guidance_scale)
 
     return sampler.sample(predict, noise=noise)
+
+
+def spread(
+    denoise: Denoise, z_KZ: Tensor, *, schedule: NoiseSchedule, parameterization: Parameterization, noise: NoiseSource
+) -> Tensor:
+    """How unsure the head is of each token, [K] in fp32.
+
+    Two noises, at the level at which they weigh as much as a token, are taken for noised tokens: the clean ones that the head
+    sees behind them agree where the condition leaves no choice, and follow the noise where it leaves any. Their mean square
+    distance.
+
+    Args:
+        denoise: the head.
+        z_KZ: conditions.
+        schedule, parameterization: of the noise process.
+        noise: called twice, [K, C].
+    """
+    level = int(np.abs(schedule.alpha_T - schedule.sigma_T).argmin())
+    t_11 = torch.full((1, 1), level, dtype=torch.int64, device=z_KZ.device)
+    alpha, sigma = schedule.alpha_sigma(t_11)
+    x_K2C = sigma * torch.stack((noise(0), noise(1)), dim=1)
+    u_K2C = denoise(x_K2C, timestep_KR=t_11, z_KZ=z_KZ)
+    clean_K2C, _ = parameterization.to_x_eps(u_K2C, x_t=x_K2C, alpha=alpha, sigma=sigma)
+    return (clean_K2C[:, 0] - clean_K2C[:, 1]).square().mean(dim=1)

@@ -26,15 +26,16 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from mmar_megatron.diffusion.conditional import denoising_loss, draw_tokens
-from mmar_megatron.diffusion.painting import GuidanceSchedule, ImageSampling, Order, Round, paint_tokens
+from mmar_megatron.diffusion.conditional import denoising_loss
+from mmar_megatron.diffusion.painting import GuidanceSchedule, ImageSampling, Order, Painter, paint_tokens
 from mmar_megatron.diffusion.parameterization import Parameterization
 from mmar_megatron.diffusion.sampler import SamplerKind
 from mmar_megatron.diffusion.schedule import NoiseSchedule
 from mmar_megatron.hf.configuration_mmar import MMARConfig
 from mmar_megatron.model.head import DiffusionHead
-from mmar_megatron.model.key_values import KeyValueCache
+from mmar_megatron.model.key_values import KeyValueCache, Overwriting
 from mmar_megatron.model.rotary import inverse_frequencies
+from mmar_megatron.model.selection import Selection
 from mmar_megatron.model.vision import EmbeddingViT, PositionEmbedding2D, Projector, embed_images
 
 IGNORE = -100
@@ -230,7 +231,7 @@ class MMARModel(MMARPreTrainedModel):
         self,
         h_BSD: Tensor,
         *,
-        span_ids_BS: Tensor,
+        span_ids_BS: Tensor | None,
         valid_BT: Tensor,
         position_ids_BS: Tensor,
         cache: Any = None,
@@ -239,12 +240,18 @@ class MMARModel(MMARPreTrainedModel):
 
         Args:
             h_BSD: from `embed` and `embed_images`.
-            span_ids_BS: number of the image that a position is of; -1 at text.
+            span_ids_BS: number of the image that a position is of; -1 at text. None: tokens of images that write over a part of
+                the cache, and see all of it.
             valid_BT: False at padding, positions in the cache included.
             position_ids_BS: for the rotary embedding.
             cache: of the positions before; it is filled further.
         """
-        bias_B1ST = mixed_attention_bias(span_ids_BS, valid_BT=valid_BT, dtype=h_BSD.dtype)
+        if span_ids_BS is None:
+            allowed_BST = valid_BT[:, None].expand(-1, h_BSD.shape[1], -1)
+        else:
+            allowed_BST = mixed_attention_allowed(span_ids_BS, valid_BT=valid_BT)
+        bias_BST = torch.zeros(allowed_BST.shape, dtype=h_BSD.dtype, device=h_BSD.device)
+        bias_B1ST = bias_BST.masked_fill_(~allowed_BST, float("-inf"))[:, None]
         frequencies_F = inverse_frequencies(self.config.head_dim, device=h_BSD.device, **self.config.rotary)
         angle_BSF = position_ids_BS.float()[..., None] * frequencies_F
         angle_B1SE = torch.cat((angle_BSF, angle_BSF), dim=-1)[:, None]
@@ -278,8 +285,8 @@ def span_ids(input_ids_BS: Tensor, *, image_token_id: int, num_tokens: int) -> T
     return torch.where(is_image_BS, (is_image_BS.cumsum(dim=1) - 1) // num_tokens, -1)
 
 
-def mixed_attention_bias(span_ids_BS: Tensor, *, valid_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask in additive form [B, 1, S, T]: 0 where a query may attend to a key, else -inf.
+def mixed_attention_allowed(span_ids_BS: Tensor, *, valid_BT: Tensor) -> Tensor:
+    """Which key each query may attend to, bool [B, S, T].
 
     A query sees the keys at or before it, and all of its own image. Padding sees padding alone, which keeps every row of the
     softmax non-empty. Images in the cache are complete, and lie before every query.
@@ -290,8 +297,7 @@ def mixed_attention_bias(span_ids_BS: Tensor, *, valid_BT: Tensor, dtype: torch.
     of_keys_BT = F.pad(span_ids_BS, (total - length, 0), value=-1)
     same_span_BST = (span_ids_BS[:, :, None] == of_keys_BT[:, None, :]) & (span_ids_BS[:, :, None] >= 0)
     same_kind_BST = valid_BT[:, total - length :, None] == valid_BT[:, None, :]
-    allowed_BST = same_kind_BST & (causal_ST | same_span_BST)
-    return torch.zeros(allowed_BST.shape, dtype=dtype, device=valid_BT.device).masked_fill_(~allowed_BST, float("-inf"))[:, None]
+    return same_kind_BST & (causal_ST | same_span_BST)
 
 
 class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
@@ -533,6 +539,7 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
         order: Order = "random",
         guidance_schedule: GuidanceSchedule = "constant",
         temperature: float = 1.0,
+        refresh_every: int = 1,
         seed: int = 0,
         first_number: int = 0,
         progress: Callable[[int, int, Tensor], None] | None = None,
@@ -540,7 +547,7 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
         """Paint one image for each prompt (MAR, arXiv 2406.11838, section 4).
 
         All tokens are masked at first. In each round the backbone runs over the image, and the diffusion head draws some of the
-        tokens that are still masked, in a random order. Order and noise follow from (seed, number of the image, round): neither
+        tokens that are still masked. Order and noise follow from (seed, number of the image, round): neither
         the batch nor its composition changes an image.
 
         Args:
@@ -553,9 +560,12 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
             rounds: runs of the backbone; images with fewer tokens to draw take as many as these.
             steps: runs of the head for each token; none: as the config says.
             sampler: of the head; none: as the config says.
-            order: in which tokens are drawn, random or raster (row by row).
+            order: in which tokens are drawn: random, raster (row by row), or confidence, in each round those of which the head is
+                surest.
             guidance_schedule: constant, or linear: it grows with the share of the image that is drawn, as MAR has it.
             temperature: scales the noise.
+            refresh_every: rounds after which the backbone runs over the whole image again, in the others over tokens that changed
+                and those to draw; 1 is exact, more is faster.
             seed: of order and noise.
             first_number: number of the first image, where a longer list is painted in parts.
             progress: called after each round with its number, from 1, the number of rounds, and the latents [B, N, C] so far.
@@ -580,21 +590,16 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
             order=order,
             sampler=config.diffusion["sampler"] if sampler is None else sampler,
             temperature=temperature,
+            refresh_every=refresh_every,
             seed=seed,
         )
-        head_sampler = sampling.head_sampler(schedule=self.schedule, parameterization=self.parameterization)
+        sampling.head_sampler(schedule=self.schedule, parameterization=self.parameterization)  # errors before work
         shape = (len(input_ids), config.num_image_tokens, config.image["channels"])
         latents_BNC, masked_BN = self._start(start_latents, redraw, shape=shape)
         prompt = self._read_prompts(input_ids, attention_mask, image_latents, guided=sampling.guided)
 
-        def draw(asked: Round) -> Tensor:
-            z_KZ = self._conditions(prompt, asked)
-            return draw_tokens(
-                self.denoise, z_KZ, sampler=head_sampler, noise=asked.noise, guidance_scale=asked.guidance_scale_K1
-            )
-
         return paint_tokens(
-            draw,
+            _Painter(self, prompt, sampling=sampling),
             latents_BNC=latents_BNC,
             masked_BN=masked_BN,
             sampling=sampling,
@@ -632,20 +637,38 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
         cache.commit(valid_BP.bool())
         return cache
 
-    def _conditions(self, prompt: KeyValueCache, asked: Round) -> Tensor:
-        """The head's conditions at the tokens asked for [K, Z]; of both halves where there are two, [2 K, Z]."""
-        valid_BP = prompt.valid_BT
-        assert valid_BP is not None
-        halves = len(valid_BP) // len(asked.latents_BNC)
-        num_tokens = asked.latents_BNC.shape[1]
-        image_BND = self.model.embed_images(asked.latents_BNC, masked_MN=asked.masked_BN).to(self.model.embed_tokens.weight.dtype)
-        position_BN = valid_BP.sum(dim=1, keepdim=True) + torch.arange(num_tokens, device=valid_BP.device)
-        h_BND = self.model(
-            image_BND.repeat(halves, 1, 1),
-            span_ids_BS=torch.zeros_like(position_BN),
-            valid_BT=F.pad(valid_BP, (0, num_tokens), value=True),
-            position_ids_BS=position_BN,
-            cache=prompt,
+
+class _Painter(Painter):
+    """Behind prompts that were read."""
+
+    def __init__(self, model: MMARForCausalLM, cache: KeyValueCache, *, sampling: ImageSampling) -> None:
+        super().__init__(model, sampling=sampling)
+        self._whole, self._cache = model, cache
+        assert cache.valid_BT is not None
+        self._begin = cache.get_seq_length()
+        self._first_B1 = cache.valid_BT.sum(dim=1, keepdim=True)
+
+    def look(self, latents_BNC: Tensor, *, masked_BN: Tensor, anew_BN: Tensor) -> None:
+        """See `Painter`."""
+        backbone, cache = self._whole.model, self._cache
+        self._tokens = tokens = Selection(anew_BN.repeat(self.halves, 1))
+        image_BND = backbone.embed_images(latents_BNC, masked_MN=masked_BN).to(backbone.embed_tokens.weight.dtype)
+        position_BA = self._first_B1 + tokens.place_BA
+        is_first, valid_BT = cache.get_seq_length() == self._begin, cache.valid_BT
+        assert valid_BT is not None
+        if not is_first:
+            cache.overwriting = Overwriting.of_images(tokens, begin=self._begin)
+        self._h_BAD = backbone(
+            tokens.take(image_BND.repeat(self.halves, 1, 1)),
+            span_ids_BS=torch.zeros_like(position_BA) if is_first else None,
+            valid_BT=torch.cat((valid_BT, tokens.there_BA), dim=1) if is_first else valid_BT,
+            position_ids_BS=position_BA,
+            cache=cache,
         )
-        h_KD = torch.cat([half[asked.row_K, asked.place_K] for half in h_BND.chunk(halves)])
-        return self.post_projector(h_KD)
+        if is_first:
+            cache.commit(tokens.there_BA)
+
+    def conditions(self, row_K: Tensor, place_K: Tensor, *, halves: int) -> Tensor:
+        """See `Painter`."""
+        rows = torch.cat([row_K + half * (len(self._h_BAD) // self.halves) for half in range(halves)])
+        return self._whole.post_projector(self._h_BAD[rows, self._tokens.column_BN[rows, place_K.repeat(halves)]])

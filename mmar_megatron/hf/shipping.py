@@ -12,7 +12,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1]
 SHIPPED = (
     *("hf/configuration_mmar.py", "hf/modeling_mmar.py", "hf/processing_mmar.py"),
-    *("model/head.py", "model/key_values.py", "model/rotary.py", "model/vision.py"),
+    *("model/head.py", "model/key_values.py", "model/rotary.py", "model/selection.py", "model/vision.py"),
     *("diffusion/conditional.py", "diffusion/parameterization.py", "diffusion/painting.py"),
     *("diffusion/sampler.py", "diffusion/schedule.py"),
     *("data/fitting.py", "data/patches.py"),

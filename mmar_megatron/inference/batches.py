@@ -15,6 +15,7 @@ from mmar_megatron import platform
 from mmar_megatron.data.batch import IGNORE, Batch
 from mmar_megatron.data.sequence import Document, assemble
 from mmar_megatron.data.source import DataSource
+from mmar_megatron.model.selection import Selection
 
 
 def prompt_batch(documents: Sequence[Document], *, source: DataSource, multiple: int) -> Batch:
@@ -34,28 +35,30 @@ def prompt_batch(documents: Sequence[Document], *, source: DataSource, multiple:
     return batch.to(platform.device())
 
 
-def image_batch(latents_BNC: Tensor, masked_BN: Tensor, *, first_B: Tensor, source: DataSource, multiple: int) -> Batch:
-    """The tokens of one image a row, behind prompts; where there are more of these, the images begin again.
+def image_batch(
+    latents_BNC: Tensor, masked_BN: Tensor, *, tokens: Selection, first_B: Tensor, source: DataSource, multiple: int
+) -> Batch:
+    """Some tokens of one image a row, behind prompts; where there are more of these, the images begin again.
 
     Args:
         latents_BNC, masked_BN: of the images.
+        tokens: which of them, in each row.
         first_B: position of the first token of each row's image.
         multiple: as for `prompt_batch`.
     """
-    rows, num_tokens = len(first_B), latents_BNC.shape[1]
-    place_N = torch.arange(num_tokens, device=latents_BNC.device)
-    span_BN = torch.zeros((rows, num_tokens), dtype=torch.int64, device=latents_BNC.device)
+    position_BA = first_B[:, None] + tokens.place_BA
     batch = continuation(
-        torch.full_like(span_BN, source.tokenizer.image_id),
-        position_ids_BS=first_B[:, None] + place_N,
-        span_ids_BS=span_BN,
+        torch.full_like(position_BA, source.tokenizer.image_id),
+        position_ids_BS=position_BA,
+        span_ids_BS=torch.zeros_like(position_BA),
         source=source,
         multiple=multiple,
     )
-    length = batch.tokens_BS.shape[1]
     # Copies: the caller goes on to fill in what is drawn.
     batch.latents_MNC, batch.masked_MN, batch.visible_MN = latents_BNC.clone(), masked_BN.clone(), ~masked_BN
-    batch.image_positions_MN = torch.arange(rows, device=place_N.device)[:, None] * length + place_N
+    row_K, place_K, column_K = tokens.entries
+    batch.image_positions_MN = torch.full((len(first_B), latents_BNC.shape[1]), -1, device=first_B.device)
+    batch.image_positions_MN[row_K, place_K] = row_K * batch.tokens_BS.shape[1] + column_K
     return batch
 
 
@@ -76,7 +79,7 @@ def continuation(
         document_ids_BS=F.pad(torch.zeros_like(spans_BS), filled, value=-1),
         span_ids_BS=F.pad(spans_BS, filled, value=-1),
         latents_MNC=torch.zeros((1, num_tokens, channels), device=tokens_BS.device),
-        image_positions_MN=torch.zeros_like(none_MN, dtype=torch.int64),
+        image_positions_MN=torch.full_like(none_MN, -1, dtype=torch.int64),
         visible_MN=none_MN,
         masked_MN=none_MN,
         timesteps_MNR=torch.zeros((1, num_tokens, 1), device=tokens_BS.device),

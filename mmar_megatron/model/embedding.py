@@ -64,13 +64,12 @@ class MultimodalEmbedding(MegatronModule):
             mask_embedding_D=self.mask_embedding,
             position=self.position,
         )
-        # Every slot is added at its place; an empty one adds zeros at place 0: shapes are fixed, nothing waits for the device.
-        occupied_MN1 = (batch.visible_MN | batch.masked_MN).unsqueeze(-1)
-        # The conditional and the unconditional half of a painting show the same images, which are looked at once.
+        # Every token is added at its place; those that stand nowhere add zeros at the first: shapes are fixed, nothing waits for
+        # the device. The conditional and the unconditional half of a painting show the same images, which are looked at once.
         places_PN = batch.image_positions_MN
-        image_PND = (image_MND * occupied_MN1).repeat(len(places_PN) // len(image_MND), 1, 1)
+        image_PND = image_MND.repeat(len(places_PN) // len(image_MND), 1, 1) * (places_PN >= 0).unsqueeze(-1)
         h = rearrange(text_BSD * is_text_BS1, "b s d -> (b s) d").index_add(
-            0, places_PN.flatten(), rearrange(image_PND, "p n d -> (p n) d")
+            0, places_PN.flatten().clamp(min=0), rearrange(image_PND, "p n d -> (p n) d")
         )
         h_SBD = rearrange(h, "(b s) d -> s b d", b=text_BSD.shape[0]).contiguous()
         if self.config.sequence_parallel:

@@ -147,19 +147,16 @@ class MMARModel(LanguageModule):
         Args:
             batch: the microbatch, on this device; every stage reads what it needs of it.
             return_hidden: on the last stage, give the final hidden states instead of the losses (for generation).
-            cache: keys and values of what stands before the batch's rows (for generation).
+            cache: keys and values of what stands before the batch's rows, or of images that they are a part of (for generation).
 
         Returns:
             On the last stage `LossSums`, or [S, B, D] with `return_hidden`; on the others the hidden states for the next.
         """
         backbone = self.settings.backbone
-        allowed_BST = mixed_attention_allowed(document_ids_BS=batch.document_ids_BS, span_ids_BS=batch.span_ids_BS)
-        if cache is not None and cache.valid_BT is not None:
-            allowed_BST = torch.cat((kept_allowed(cache.valid_BT, document_ids_BS=batch.document_ids_BS), allowed_BST), dim=2)
         with self._attending_to(cache):
             h_SBD = self.decoder(
                 hidden_states=self.embedding(batch) if self.pre_process else None,
-                attention_mask=attention_bias(allowed_BST, dtype=backbone.params_dtype),
+                attention_mask=attention_bias(_allowed(batch, cache), dtype=backbone.params_dtype),
                 rotary_pos_emb=rotary_angles(
                     batch.position_ids_BS,
                     head_dim=backbone.kv_channels,
@@ -269,6 +266,19 @@ class MMARModel(LanguageModule):
         # MAR's sinusoids span 1,000 levels; another number of levels is brought to that scale.
         scale = 1000 / self.schedule.num_timesteps
         return self.diffusion_head(x_KRC, timestep_KR=timestep_KR * scale, z_KZ=z_KZ)
+
+
+def _allowed(batch: Batch, cache: KeyValueCache | None) -> Tensor:
+    """Which of all keys each query may attend to, bool [B, S, keys]."""
+    if (
+        cache is not None and cache.overwriting is not None
+    ):  # tokens of images see all that is kept; what filler sees is no matter
+        assert cache.valid_BT is not None
+        return cache.valid_BT[:, None, :].expand(-1, batch.tokens_BS.shape[1], -1)
+    allowed_BSS = mixed_attention_allowed(document_ids_BS=batch.document_ids_BS, span_ids_BS=batch.span_ids_BS)
+    if cache is None or cache.valid_BT is None:
+        return allowed_BSS
+    return torch.cat((kept_allowed(cache.valid_BT, document_ids_BS=batch.document_ids_BS), allowed_BSS), dim=2)
 
 
 def padded_vocab_size(config: ModelConfig, vocab_size: int) -> int:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmar_megatron.model.selection import Selection
+
 
 class PositionEmbedding2D(nn.Module):
     """Learned position of a token in the image grid: the sum of a row's and a column's embedding.
@@ -98,12 +100,20 @@ class EmbeddingViT(nn.Module):
         self.apply(_initialize_linear)
 
     def forward(self, latents_MNC: Tensor, *, visible_MN: Tensor) -> Tensor:
-        """[M, N, C] -> [M, N, V]. What comes out at a token that is not visible depends on that token and must not be used."""
-        # Each token may also attend to itself: an image with no visible token would otherwise have empty softmax rows (NaN).
-        num_tokens = visible_MN.shape[1]
-        itself_NN = torch.eye(num_tokens, dtype=torch.bool, device=visible_MN.device)
-        allowed_MNN = visible_MN[:, None, :] | itself_NN
+        """[M, N, C] -> [M, N, V]. What comes out at a token that is not visible must not be used.
+
+        In training all tokens are run over, so that shapes are fixed and nothing waits for the device; else the visible alone.
+        """
         x_MNV = self.patch_embed(latents_MNC.to(self.patch_embed.weight.dtype)) + self.position()
+        if self.training:
+            return self._attend(x_MNV, visible_MN=visible_MN)
+        visible = Selection(visible_MN)
+        return visible.put_back(self._attend(visible.take(x_MNV), visible_MN=visible.there_BA))
+
+    def _attend(self, x_MNV: Tensor, *, visible_MN: Tensor) -> Tensor:
+        # Each token may also attend to itself: an image with no visible token would otherwise have empty softmax rows (NaN).
+        itself_NN = torch.eye(visible_MN.shape[1], dtype=torch.bool, device=visible_MN.device)
+        allowed_MNN = visible_MN[:, None, :] | itself_NN
         bias_M1NN = torch.zeros_like(allowed_MNN, dtype=x_MNV.dtype).masked_fill_(~allowed_MNN, float("-inf"))[:, None]
         for block in self.blocks:
             x_MNV = block(x_MNV, bias_M1NN=bias_M1NN)

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from mmar_megatron.diffusion.painting import (
     ImageSampling,
-    Round,
+    Painter,
     cosine_rounds,
     image_generator,
     paint_tokens,
     plan_rounds,
     random_order,
 )
+from mmar_megatron.diffusion.sampler import NoiseSource
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 7, 16, 64, 256])
@@ -59,35 +60,151 @@ def test_an_order_has_every_token() -> None:
 def test_raster_order_is_row_by_row() -> None:
     masked = np.ones(16, dtype=np.bool_)
     plan = plan_rounds(masked, sampling=ImageSampling(rounds=4, order="raster"), image=0)
-    assert np.concatenate(plan).tolist() == list(range(16))
-    masked[3:] = False
-    assert len(plan_rounds(masked, sampling=ImageSampling(rounds=4), image=0)) == 3  # no more tokens are to be drawn
+    assert plan.tolist() == sorted(plan)
+    assert set(plan) == {1, 2, 3, 4}
+
+
+def test_where_few_tokens_are_drawn_there_are_as_many_rounds() -> None:
+    masked = np.zeros(16, dtype=np.bool_)
+    masked[[3, 7, 8]] = True
+    plan = plan_rounds(masked, sampling=ImageSampling(rounds=4), image=0)
+    assert sorted(plan[masked]) == [1, 2, 3]
+    assert not plan[~masked].any()
+
+
+# --- the loop -------------------------------------------------------------------------------------------------------------------
+
+B, N, C = 3, 16, 2
+
+
+class Recorded(Painter):
+    """Draws the noise that it is given, and records what it is asked."""
+
+    def __init__(self, sampling: ImageSampling, *, spread_BN: Tensor | None = None) -> None:
+        super().__init__(None, sampling=sampling)
+        self.spread_BN = spread_BN
+        self.masked: list[Tensor] = []
+        self.anew: list[Tensor] = []
+        self.drawn: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.scales: list[Tensor | None] = []
+
+    def look(self, latents_BNC: Tensor, *, masked_BN: Tensor, anew_BN: Tensor) -> None:
+        self.masked.append(masked_BN.clone())
+        self.anew.append(anew_BN.clone())
+
+    def conditions(self, row_K: Tensor, place_K: Tensor, *, halves: int) -> Tensor:
+        raise NotImplementedError
+
+    def spread(self, row_K: Tensor, place_K: Tensor, *, noise: NoiseSource) -> Tensor:
+        assert self.spread_BN is not None
+        assert noise(0).shape == noise(1).shape == (len(row_K), C)
+        return self.spread_BN[row_K, place_K]
+
+    def draw(self, row_K: Tensor, place_K: Tensor, *, noise: NoiseSource, guidance_scale_K1: Tensor | None) -> Tensor:
+        self.drawn.append((row_K, place_K, noise(0)))
+        self.scales.append(guidance_scale_K1)
+        return self.drawn[-1][2]
+
+    def chosen(self, number: int) -> Tensor:
+        """The tokens drawn in a round, bool [B, N]."""
+        row_K, place_K, _ = self.drawn[number - 1]
+        chosen_BN = torch.zeros(B, N, dtype=torch.bool)
+        chosen_BN[row_K, place_K] = True
+        return chosen_BN
+
+
+def partly_masked() -> Tensor:
+    """All of one image, few of another (so that it is done before), none of the last."""
+    masked_BN = torch.zeros(B, N, dtype=torch.bool)
+    masked_BN[0] = True
+    masked_BN[1, [2, 9, 11]] = True
+    return masked_BN
+
+
+def paint(painter: Recorded, masked_BN: Tensor, sampling: ImageSampling, *, first_number: int = 0) -> Tensor:
+    latents_BNC = torch.full((B, N, C), 7.0)
+    drawn_BNC = paint_tokens(painter, latents_BNC=latents_BNC, masked_BN=masked_BN, sampling=sampling, first_number=first_number)
+    assert (latents_BNC == 7).all()  # the caller's own
+    return drawn_BNC
+
+
+def test_each_image_is_drawn_for_as_long_as_it_takes() -> None:
+    sampling = ImageSampling(rounds=6)
+    painter, masked_BN = Recorded(sampling), partly_masked()
+    drawn_BNC = paint(painter, masked_BN, sampling)
+    assert torch.equal((drawn_BNC != 7).all(dim=2), masked_BN)
+    assert len(painter.drawn) == 6
+    for number in range(1, 7):
+        assert torch.equal(painter.masked[number - 1], masked_BN)
+        assert (painter.chosen(number) <= masked_BN).all()
+        masked_BN = masked_BN & ~painter.chosen(number)
+    assert not masked_BN.any()
+
+
+def test_noise_is_of_the_images_stream_of_that_round() -> None:
+    sampling = ImageSampling(rounds=4, seed=5)
+    painter = Recorded(sampling)
+    paint(painter, partly_masked(), sampling, first_number=40)
+    for number, (row_K, _, noise_KC) in enumerate(painter.drawn, start=1):
+        for b in range(B):
+            expected = image_generator(5, image=40 + b, round_number=number).standard_normal(
+                (int((row_K == b).sum()), C), dtype=np.float32
+            )
+            np.testing.assert_array_equal(noise_KC[row_K == b].numpy(), expected)
+
+
+def test_between_refreshes_only_what_changed_is_run_over() -> None:
+    sampling = ImageSampling(rounds=7, refresh_every=3)
+    painter = Recorded(sampling)
+    paint(painter, partly_masked(), sampling)
+    for number, anew_BN in enumerate(painter.anew, start=1):
+        if number in (1, 4, 7):
+            assert anew_BN.all()
+        else:
+            assert torch.equal(anew_BN, painter.chosen(number - 1) | painter.chosen(number))
+
+
+def test_by_confidence_the_surest_are_drawn_first() -> None:
+    """As many in each round as in any order; all masked ones are run over, since any may be drawn."""
+    sampling = ImageSampling(rounds=5, order="confidence", refresh_every=2)
+    spread_BN = torch.from_numpy(np.random.default_rng(0).random((B, N), dtype=np.float32))
+    painter, masked_BN = Recorded(sampling, spread_BN=spread_BN), partly_masked()
+    drawn_BNC = paint(painter, masked_BN, sampling)
+    assert torch.equal((drawn_BNC != 7).all(dim=2), masked_BN)
+    for number in range(1, 6):
+        chosen_BN, left_BN = painter.chosen(number), masked_BN & ~painter.chosen(number)
+        for b in range(B):
+            if chosen_BN[b].any() and left_BN[b].any():
+                assert spread_BN[b, chosen_BN[b]].max() < spread_BN[b, left_BN[b]].min()
+        if number in (2, 4):
+            assert torch.equal(painter.anew[number - 1], masked_BN | painter.chosen(number - 1))
+        masked_BN = left_BN
+    counts = [int(painter.chosen(number)[0].sum()) for number in range(1, 6)]
+    assert counts == [end - begin for begin, end in cosine_rounds(N, rounds=5)]
 
 
 def test_guidance_grows_with_what_is_drawn() -> None:
     """Of two images of which one begins half drawn; in the last round it is the whole scale."""
-    scales: list[list[float]] = []
-
-    def draw(asked: Round) -> Tensor:
-        assert asked.guidance_scale_K1 is not None
-        scales.append([float(asked.guidance_scale_K1[asked.row_K == b].mean()) for b in range(2)])
-        return torch.ones(len(asked.row_K), 3)
-
-    masked_BN = torch.ones(2, 16, dtype=torch.bool)
+    masked_BN = torch.ones(B, N, dtype=torch.bool)
     masked_BN[1, :8] = False
     sampling = ImageSampling(rounds=4, guidance_scale=5.0, guidance_schedule="linear")
-    drawn = paint_tokens(draw, latents_BNC=torch.zeros(2, 16, 3), masked_BN=masked_BN, sampling=sampling)
+    painter = Recorded(sampling)
+    paint(painter, masked_BN, sampling)
+    scales = []
+    for (row_K, _, _), scale_K1 in zip(painter.drawn, painter.scales, strict=True):
+        assert scale_K1 is not None
+        scales.append([float(scale_K1[row_K == b].mean()) for b in range(2)])
     left = [math.floor(16 * math.cos(math.pi / 8 * k)) for k in range(1, 4)] + [0]
     assert [scale for scale, _ in scales] == pytest.approx([1 + 4 * (16 - n) / 16 for n in left])
     assert scales[-1] == [5.0, 5.0]
     assert scales[0][1] > scales[0][0]
-    assert torch.equal(drawn.any(dim=2), masked_BN)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"order": "spiral"}, "Unknown order 'spiral': choose one of random, raster"),
+        ({"order": "spiral"}, "Unknown order 'spiral': choose one of random, raster, confidence"),
+        ({"refresh_every": 0}, r"refresh_every is 0: give 1 \(the whole image in each round\) or more"),
         ({"guidance_schedule": "cosine"}, "Unknown guidance_schedule 'cosine': choose one of constant, linear"),
         ({"guidance_scale": float("nan")}, "The guidance scale is nan: give a number"),
     ],

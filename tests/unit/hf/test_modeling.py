@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, Trainer, TrainingArguments
 
-from mmar_megatron.diffusion.painting import ImageSampling, plan_rounds
-from mmar_megatron.hf.modeling_mmar import MMARForCausalLM, mixed_attention_bias, span_ids
+from mmar_megatron.hf.modeling_mmar import MMARForCausalLM, mixed_attention_allowed, span_ids
 from tests.unit.hf.tiny import BEGIN, BOS, EOS, IMAGE, ONE_IMAGE, PAD, C, N, latents, padded, tiny_config, tiny_model
 
 ROWS: list[tuple[list[int], int]] = [
@@ -111,9 +110,9 @@ def test_mask_of_a_continued_sequence_is_the_end_of_the_whole_one() -> None:
     ids = torch.tensor([ROWS[2][0]])
     spans = span_ids(ids, image_token_id=IMAGE, num_tokens=N)
     valid = torch.ones(1, ids.shape[1], dtype=torch.bool)
-    whole = mixed_attention_bias(spans, valid_BT=valid, dtype=torch.float32)
+    whole = mixed_attention_allowed(spans, valid_BT=valid)
     cut = 1 + len(ONE_IMAGE)
-    assert torch.equal(mixed_attention_bias(spans[:, cut:], valid_BT=valid, dtype=torch.float32), whole[:, :, cut:])
+    assert torch.equal(mixed_attention_allowed(spans[:, cut:], valid_BT=valid), whole[:, cut:])
 
 
 @pytest.mark.parametrize(
@@ -222,11 +221,10 @@ def test_the_prefix_computed_once_is_the_whole_run_anew(model: MMARForCausalLM) 
     handle = model.post_projector.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
     model.generate_images(torch.tensor([prompt]), rounds=1, steps=1, guidance_scale=1.0)
     handle.remove()
-    order = plan_rounds(torch.ones(N, dtype=torch.bool).numpy(), sampling=ImageSampling(rounds=1), image=0)[0]
     masked = torch.ones(1, N, dtype=torch.bool)
     ids = torch.tensor([[*prompt, *[IMAGE] * N, 5, EOS]])
     whole = model(ids, image_latents=torch.zeros(1, N, C), image_masked=masked).image_conditions
-    torch.testing.assert_close(seen[-1], whole[order], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(seen[-1], whole, rtol=1e-5, atol=1e-5)
 
 
 def test_inpainting_draws_what_was_asked_for_alone(model: MMARForCausalLM) -> None:

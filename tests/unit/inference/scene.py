@@ -28,9 +28,9 @@ class Scene:
     groups: ParallelGroups
 
 
-def build_scene(data: Path, groups: ParallelGroups) -> Scene:
+def build_scene(data: Path, groups: ParallelGroups, *options: str) -> Scene:
     """Random weights, larger than the initial ones, so that conditions matter."""
-    config = command(data=data).config
+    config = command(*options, data=data).config
     source = DataSource(config.data)
     geometry, vocab_size = ImageGeometry.of(source.codec), source.tokenizer.vocab_size
     (model,) = build_model(config.model, geometry=geometry, vocab_size=vocab_size, groups=groups, seed=config.seed)

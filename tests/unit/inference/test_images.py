@@ -69,6 +69,7 @@ def test_more_rounds_than_tokens(scene: Scene) -> None:
         {},
         {"guidance_scale": 1.0, "sampler": "ancestral"},
         {"guidance_schedule": "linear", "guidance_scale": 3.0, "order": "raster"},
+        {"order": "confidence"},
     ],
 )
 def test_prompts_read_once_are_whole_sequences_anew_in_each_round(changes: dict[str, Any], scene: Scene) -> None:
@@ -77,6 +78,52 @@ def test_prompts_read_once_are_whole_sequences_anew_in_each_round(changes: dict[
         cached_BNC = paint_latents(scene.engine, CAPTIONS, source=scene.source, groups=scene.groups, sampling=sampling)
         plain_BNC = paint_plainly(scene.engine, CAPTIONS, source=scene.source, sampling=sampling)
     torch.testing.assert_close(cached_BNC, plain_BNC, rtol=1e-5, atol=1e-5 * float(plain_BNC.abs().max()))
+
+
+@pytest.mark.parametrize("order", ["random", "confidence"])
+def test_reuse_is_exact_where_nothing_else_changes(order: Any, shallow: Scene) -> None:
+    """With one layer, keys and values of a token follow from its own embedding, which only drawing it changes."""
+    sampling = replace(SAMPLING, rounds=6, order=order)
+    with Batches(shallow.engine) as seen, shallow.engine.evaluating():
+        reusing_BNC = paint_latents(
+            shallow.engine,
+            CAPTIONS,
+            source=shallow.source,
+            groups=shallow.groups,
+            sampling=replace(sampling, refresh_every=4),
+        )
+    with shallow.engine.evaluating():
+        plain_BNC = paint_plainly(shallow.engine, CAPTIONS, source=shallow.source, sampling=sampling)
+    torch.testing.assert_close(reusing_BNC, plain_BNC, rtol=1e-5, atol=1e-5 * float(plain_BNC.abs().max()))
+    run_over = [batch.tokens_BS.shape[1] for batch in seen[1:]]
+    assert run_over[0] == run_over[4] == 16
+    assert all(tokens < 16 for number, tokens in enumerate(run_over) if number not in (0, 1 if order == "confidence" else 0, 4))
+
+
+def test_reuse_changes_little(scene: Scene) -> None:
+    """What the tokens that keep their keys and values would have seen of those just drawn is left out, and that alone."""
+    exact, reusing = (
+        painted(scene, CAPTIONS, replace(SAMPLING, rounds=6, refresh_every=every)).astype(float) for every in (1, 3)
+    )
+    other = painted(scene, CAPTIONS, replace(SAMPLING, rounds=6, seed=4)).astype(float)
+    assert 0 < np.abs(reusing - exact).mean() < 0.2 * np.abs(other - exact).mean()
+
+
+def test_reuse_does_not_depend_on_the_images_beside(scene: Scene) -> None:
+    sampling = replace(SAMPLING, rounds=6, refresh_every=3)
+    together_BHW3 = painted(scene, CAPTIONS, sampling)
+    assert close(painted(scene, CAPTIONS[1:], sampling, first_number=1)[1], together_BHW3[2])
+
+
+def test_a_long_caption_loses_its_end(scene: Scene) -> None:
+    """As in training."""
+    tokenizer, most = scene.source.tokenizer, scene.source.builder.max_text
+    long = "a small red circle " * most
+    cut = tokenizer.decode(tokenizer.encode(long)[:most])
+    assert len(tokenizer.encode(long)) > most == len(tokenizer.encode(cut))
+    with Batches(scene.engine) as seen:
+        painted(scene, [long, cut], replace(SAMPLING, rounds=1))
+    assert torch.equal(seen[0].tokens_BS[0], seen[0].tokens_BS[1])
 
 
 # --- what an image depends on ---------------------------------------------------------------------------------------------------
