@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 SAMPLERS = ("ddim", "ancestral", "dpm_solver++")
-SETTINGS = ("rounds", "steps", "sampler", "order", "guidance_scale", "guidance_schedule", "temperature")
+SETTINGS = ("rounds", "steps", "sampler", "order", "guidance_scale", "guidance_schedule", "temperature", "refresh_every")
 SHEET_PICTURES = 64
 
 
@@ -56,11 +56,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--steps", type=int, help="diffusion steps for each token (default: as the model's configuration says)")
     add("--sampler", choices=SAMPLERS, help="of each token (default: as the model's configuration says)")
-    add("--order", choices=("random", "raster"), default="random", help="of tokens; raster: row by row (default: %(default)s)")
+    orders = ("random", "raster", "confidence")
+    add("--order", choices=orders, default=orders[0], help="of tokens; raster: row by row; confidence: the surest first")
     add("--guidance_scale", type=float, default=2.0, help="classifier-free guidance; 1: none (default: %(default)s)")
     schedules = ("constant", "linear")
     add("--guidance_schedule", choices=schedules, default=schedules[0], help="linear: it grows as the picture does")
     add("--temperature", type=float, default=1.0, help="scales the noise (default: %(default)s)")
+    add(
+        "--refresh_every",
+        type=int,
+        default=1,
+        metavar="N",
+        help="run over the whole picture every N rounds, in the others over tokens that changed: faster, not exact (default: 1)",
+    )
     add("--batch_size", type=int, default=8, help="pictures painted at a time (default: %(default)s)")
     add("--grid", action="store_true", help=f"also write grid-0.png ..., sheets of {SHEET_PICTURES} pictures with their captions")
 

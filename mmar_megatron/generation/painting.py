@@ -36,6 +36,7 @@ def settle(
     guidance_scale: float = 2.0,
     guidance_schedule: GuidanceSchedule = "constant",
     temperature: float = 1.0,
+    refresh_every: int = 1,
 ) -> dict[str, Any]:
     """The settings of `MMARForCausalLM.generate_images`, without what was left to the model.
 
@@ -43,7 +44,7 @@ def settle(
         opened: the model.
         rounds: none: 32, or of a smaller image as many as it has tokens.
         steps, sampler: none: as the model's configuration says.
-        order, guidance_scale, guidance_schedule, temperature: see `ImageSampling`.
+        order, guidance_scale, guidance_schedule, temperature, refresh_every: see `ImageSampling`.
 
     Raises:
         ValueError: more rounds than tokens, more steps than noise levels, or another setting that makes no sense.
@@ -57,6 +58,7 @@ def settle(
         "guidance_scale": guidance_scale,
         "guidance_schedule": guidance_schedule,
         "temperature": temperature,
+        "refresh_every": refresh_every,
     }
     ImageSampling(**settings).head_sampler(schedule=model.schedule, parameterization=model.parameterization)
     cosine_rounds(tokens, rounds=settings["rounds"])

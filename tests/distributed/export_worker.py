@@ -26,7 +26,10 @@ from tests.distributed.common import build, command, means
 from tests.distributed.gradients import stir
 
 CAPTIONS = ["a small red circle at the top left, on a white background", "a large blue cross"]
-SAMPLING = ImageSampling(rounds=4, steps=3, guidance_scale=2.0, sampler="ancestral", seed=7)
+SAMPLINGS = (
+    ImageSampling(rounds=4, steps=3, guidance_scale=2.0, sampler="ancestral", seed=7),
+    ImageSampling(rounds=6, steps=3, guidance_scale=2.0, order="confidence", refresh_every=4, seed=7),
+)
 
 
 def main() -> None:
@@ -40,8 +43,8 @@ def main() -> None:
         with engine.evaluating():
             losses = means(engine.evaluate([batch]))
             h_SBD = engine.hidden_states(batch)
-            painted = paint(engine, CAPTIONS, source=loader.source, groups=groups, sampling=SAMPLING)
-            captions = caption(engine, list(painted), source=loader.source, groups=groups, max_tokens=6)
+            painted = [paint(engine, CAPTIONS, source=loader.source, groups=groups, sampling=sampling) for sampling in SAMPLINGS]
+            captions = caption(engine, list(painted[0]), source=loader.source, groups=groups, max_tokens=6)
             if h_SBD is not None and engine.last_stage is not None:
                 h_BSD = rearrange(h_SBD, "s b d -> b s d")
                 said = {

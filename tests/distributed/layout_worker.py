@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mmar_megatron import parallel
@@ -28,7 +29,10 @@ CAPTIONS = [
     "a small red circle at the top left, on a white background",
     "a large blue cross at the top right, on a tan background",
 ]
-SAMPLING = ImageSampling(rounds=4, steps=3, guidance_scale=2.0, sampler="ancestral")
+SAMPLINGS = (
+    ImageSampling(rounds=4, steps=3, guidance_scale=2.0, sampler="ancestral"),
+    ImageSampling(rounds=6, steps=3, guidance_scale=2.0, order="confidence", refresh_every=4),
+)
 
 
 def main() -> None:
@@ -49,9 +53,9 @@ def main() -> None:
         made: dict[str, Any] = {"rows": loader.state.row, "documents": loader.state.documents}
         with engine.evaluating():
             figures.append(means(engine.evaluate(list(islice(batches, microbatches)))))
-            painted = paint(engine, CAPTIONS, source=loader.source, groups=groups, sampling=SAMPLING)
-            made["read"] = caption(engine, list(painted), source=loader.source, groups=groups, max_tokens=6)
-            made["painted"] = painted.flatten().tolist()
+            painted = [paint(engine, CAPTIONS, source=loader.source, groups=groups, sampling=sampling) for sampling in SAMPLINGS]
+            made["read"] = caption(engine, list(painted[0]), source=loader.source, groups=groups, max_tokens=6)
+            made["painted"] = np.concatenate(painted).flatten().tolist()
             if groups.pipeline.size() == 1 and engine.last_stage is not None:
                 with torch.enable_grad():
                     made["head_flops"] = head_flops(engine.last_stage, tokenizer=loader.source.tokenizer, groups=groups)
