@@ -48,6 +48,7 @@ def main(argv: list[str]) -> None:
             with user_errors():
                 trainer = build(command, groups=groups, watchdog=watchdog)
             trainer.fit()
+        trainer.engine.close()
     except (UserError, BadDataError, SaveError, TooManyBadSteps, RanksLost, OSError) as error:
         sys.exit(f"error: {error}")
     parallel.leave()

@@ -324,6 +324,21 @@ class CheckpointConfig:
     """Take the moving average of those weights in their place."""
 
 
+EngineName = Literal["native", "deepspeed"]
+
+
+@dataclass(kw_only=True)
+class DeepSpeedConfig:
+    """With `engine: deepspeed`, what ZeRO divides over the data-parallel ranks."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """0: nothing; 1: the optimizer's state; 2: gradients too; 3: parameters too."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in host memory, and update there."""
+    offload_parameters: bool = False
+    """Of stage 3, keep the parameters in host memory too."""
+
+
 @dataclass(kw_only=True)
 class Config:
     """Pretrains an MMAR model. `--config FILE` may be given several times; later files and options win."""
@@ -337,8 +352,9 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    engine: Literal["native"] = "native"
-    """`native`: megatron-core."""
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    engine: EngineName = "native"
+    """`native`: megatron-core's distributed optimizer and pipeline; `deepspeed`: ZeRO."""
     run_dir: str = "runs/default"
     resume: str = "auto"
     """`auto`: continue what is in `run_dir`; `never`: refuse a run directory that is not empty; or the path of a checkpoint."""
@@ -427,7 +443,8 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
         ValueError: a contradiction.
     """
     parser = build_parser()
-    cfg = parser.parse_args(list(argv))
+    # DeepSpeed's launcher puts it there; it is in the environment too.
+    cfg = parser.parse_args([word for word in argv if not word.startswith("--local_rank=")])
     dry_run = cfg.pop("dry_run")
     cfg.pop("config")
     validate(cfg)

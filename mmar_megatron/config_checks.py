@@ -63,6 +63,8 @@ def validate(cfg: Namespace) -> None:
     _check_layout(cfg)
     _check_pipeline(cfg)
     _check_data(cfg)
+    if cfg.engine == "deepspeed":
+        _check_deepspeed(cfg)
     _divides(cfg, "train.global_batch_size", "train.micro_batch_size")
     _require(
         cfg.checkpoint.init_from is None or cfg.resume in ("auto", "never"),
@@ -77,6 +79,30 @@ def validate(cfg: Namespace) -> None:
         cfg.checkpoint.init_from or not cfg.checkpoint.init_from_average,
         "checkpoint.init_from_average needs checkpoint.init_from: give that too.",
     )
+
+
+def _check_deepspeed(cfg: Namespace) -> None:
+    stage, parallel = cfg.deepspeed.zero_stage, cfg.parallel
+    _require(
+        parallel.pipeline_model_parallel_size == 1,
+        "engine deepspeed has no pipeline: set parallel.pipeline_model_parallel_size 1, or use the engine native.",
+    )
+    for option in ("overlap_grad_reduce", "overlap_param_gather"):
+        _require(not parallel[option], f"parallel.{option} is megatron-core's: leave it out with engine deepspeed.")
+    _require(
+        cfg.optimizer.ema_decay == 0,
+        "engine deepspeed keeps no moving average of the weights: set optimizer.ema_decay 0, or use the engine native.",
+    )
+    _require(
+        stage > 1 or cfg.precision.dtype == "fp32",
+        f"deepspeed.zero_stage {stage} with bf16 runs through optimizers of DeepSpeed's that do not train as the others do: use "
+        "stage 2 or 3, or precision.dtype fp32.",
+    )
+    _require(
+        stage > 0 or not cfg.deepspeed.offload_optimizer,
+        "deepspeed.offload_optimizer needs a zero_stage of 1 or more: raise it.",
+    )
+    _require(stage == 3 or not cfg.deepspeed.offload_parameters, "deepspeed.offload_parameters needs zero_stage 3: raise it.")
 
 
 def _require(condition: Any, message: str) -> None:

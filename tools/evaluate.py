@@ -25,7 +25,7 @@ from mmar_megatron.data.held_out import HeldOut
 from mmar_megatron.data.shards import Sample
 from mmar_megatron.data.source import DataSource
 from mmar_megatron.diffusion.painting import ImageSampling
-from mmar_megatron.engine.native import NativeEngine
+from mmar_megatron.engine.base import Engine
 from mmar_megatron.evaluation.scores import TARGETS, loss_scores, missed, shape_scores, table
 from mmar_megatron.evaluation.sheet import write_sheet
 from mmar_megatron.inference.images import paint
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
 
 
 def _paint(
-    engine: NativeEngine, source: DataSource, groups: ParallelGroups, options: argparse.Namespace, *, data_set: str, title: str
+    engine: Engine, source: DataSource, groups: ParallelGroups, options: argparse.Namespace, *, data_set: str, title: str
 ) -> dict[str, float]:
     """Writes samples.png, and returns the scores of what was painted and read."""
     sampling = ImageSampling(
@@ -119,13 +119,13 @@ def _one_process(config_yaml: Path) -> Config:
         *("--parallel.pipeline_split", "even", "--model.backbone.pipeline_model_parallel_layout", "null"),
         *("--model.backbone.num_layers_in_first_pipeline_stage", "null"),
         *("--model.backbone.num_layers_in_last_pipeline_stage", "null"),
-        *("--model.backbone.account_for_embedding_in_pipeline_split", "false"),
+        *("--engine", "native", "--model.backbone.account_for_embedding_in_pipeline_split", "false"),
         *("--model.backbone.account_for_loss_in_pipeline_split", "false"),
     ]
     return parse_command_line(["--config", str(config_yaml), *layout]).config
 
 
-def _load(config: Config, path: Path, *, average: bool) -> tuple[NativeEngine, DataSource, ParallelGroups]:
+def _load(config: Config, path: Path, *, average: bool) -> tuple[Engine, DataSource, ParallelGroups]:
     groups = parallel.initialize(config.parallel)
     platform.seed_everything(config.seed, tensor_rank=0)
     source = open_source(config)

@@ -65,7 +65,7 @@ def write_random_checkpoint(options: Sequence[str], *, folder: Path) -> int:
         {key: TensorSpec(shape, torch.float32) for key, shape in shapes.items()},
         lambda key, layer: torch.randn(shapes[key] if layer is None else shapes[key][1:]),
         config_yaml=line.yaml,
-        facts=facts_of(Progress(fingerprints=fingerprints), layout=layout, average=False, config_yaml=line.yaml),
+        facts=facts_of(Progress(fingerprints=fingerprints), engine="native", layout=layout, average=False, config_yaml=line.yaml),
         say=_say_nothing,
     )
     return sum(torch.Size(shape).numel() for shape in shapes.values())

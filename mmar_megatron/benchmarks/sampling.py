@@ -33,8 +33,9 @@ def compare_sampling(options: Sequence[str], *, images: int, sampling: ImageSamp
     """
     config, source, groups = prepare(parse_command_line(options).config)
     engine = build_engine(config, source=source, groups=groups)
+    assert engine.last_stage is not None
     with torch.no_grad():
-        for parameter in (p for chunk in engine.chunks for p in chunk.parameters()):
+        for parameter in engine.last_stage.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)  # the head begins at zero, and nothing would matter
     prompts = ["a few words " * source.builder.max_text] * images
     painted: dict[str, Tensor] = {}

@@ -21,7 +21,7 @@ from mmar_megatron.config_checks import validate_world
 from mmar_megatron.data.batch import Batch
 from mmar_megatron.data.prepare import ensure_data
 from mmar_megatron.data.source import DataSource
-from mmar_megatron.engine.native import NativeEngine
+from mmar_megatron.engine.base import Engine
 from mmar_megatron.parallel import ParallelGroups
 from mmar_megatron.scaling.split import split_pipeline
 from mmar_megatron.training import checkpoint
@@ -39,7 +39,7 @@ def compare_steps(options: Sequence[str], *, variant: Sequence[str], rounds: int
     engines = [build_engine(c, source=source, groups=groups) for c in (config, split_pipeline(other, source))]
     microbatches = one_step_of_data(config, source=source, groups=groups)
 
-    def step(engine: NativeEngine) -> None:
+    def step(engine: Engine) -> None:
         engine.train_step(microbatches, learning_rate=config.optimizer.lr)
 
     base_s, variant_s = in_turn([partial(step, engine) for engine in engines], rounds=rounds)

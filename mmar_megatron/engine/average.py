@@ -2,22 +2,17 @@
 
 Each data-parallel rank averages just the piece of each parameter that it also updates, so the average costs 4 bytes a parameter
 divided by the data-parallel ranks, and no communication. Only for a checkpoint are the pieces put together, on the host, to
-tensors of the model's shapes under its names behind `AVERAGE_PREFIX`: these load in any layout, and in place of the weights.
+tensors of the model's shapes under its names behind a prefix: these load in any layout, and in place of the weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
-
-AVERAGE_PREFIX = "average."
 
 
 class WeightAverage:
@@ -85,14 +80,3 @@ class WeightAverage:
                     extent = part._get_model_param_range_map(parameter)["param"]
                     piece = slice(extent.start, extent.end), self._of_weight[id(weight)]
                 yield part, parameter, piece
-
-
-def under_average_names(model_state: dict[str, Any], tensors: dict[nn.Parameter, Tensor] | None = None) -> dict[str, Any]:
-    """A chunk's sharded state dict with the average's names, and with these tensors in place of the weights."""
-    averaged = {}
-    for name, value in model_state.items():
-        if isinstance(value, ShardedTensor | ShardedTensorFactory):
-            data = value.data if tensors is None else tensors[value.data]
-            dtype = {} if isinstance(value, ShardedTensorFactory) else {"dtype": data.dtype}
-            averaged[name] = replace(value, key=AVERAGE_PREFIX + value.key, data=data, **dtype)
-    return averaged

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mmar_megatron.config import EngineName
 from mmar_megatron.data.batch import Batch
 from mmar_megatron.model.key_values import KeyValueCache
 from mmar_megatron.model.losses import LossSums
@@ -78,6 +79,8 @@ def finite(loss: float, grad_norm: float) -> str | None:
 class Engine(Protocol):
     """One way to run the model and its optimizer over the processes."""
 
+    name: EngineName
+
     def train_step(self, microbatches: Sequence[Batch], *, learning_rate: float, judge: Judge = finite) -> StepResult:
         """Forward, backward, reduce, clip, update, with this rank's microbatches of one global batch.
 
@@ -115,6 +118,9 @@ class Engine(Protocol):
 
     def load_weights(self, state: dict[str, Any]) -> None:
         """What was loaded into `model_sharded_state_dict`, be it all or a part; the optimizer starts anew."""
+
+    def close(self) -> None:
+        """Let go of what the engine holds beside the model; it is of no use afterwards."""
 
     def model_sharded_state_dict(self, *, average: bool = False) -> dict[str, Any]:
         """The model's part of `sharded_state_dict`; with `average` it reads the average into the weights."""

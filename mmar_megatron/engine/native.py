@@ -15,11 +15,13 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from mmar_megatron import platform
-from mmar_megatron.config import Config
+from mmar_megatron.config import Config, EngineName
 from mmar_megatron.data.batch import Batch
-from mmar_megatron.engine.average import WeightAverage, under_average_names
+from mmar_megatron.engine.average import WeightAverage
 from mmar_megatron.engine.base import Counts, Judge, LossResult, StepResult, finite
+from mmar_megatron.engine.losses import global_counts, reduced, weighted
 from mmar_megatron.engine.optimizer import build_optimizer, set_learning_rate
+from mmar_megatron.engine.sharding import AVERAGE_PREFIX, under_prefix
 from mmar_megatron.model.key_values import KeyValueCache
 from mmar_megatron.model.losses import LossSums
 from mmar_megatron.model.mmar_model import MMARModel
@@ -34,6 +36,8 @@ class NativeEngine:
         chunks: from `build_model`.
         groups: process groups.
     """
+
+    name: EngineName = "native"
 
     def __init__(self, config: Config, *, chunks: list[MMARModel], groups: ParallelGroups) -> None:
         self.groups = groups
@@ -86,18 +90,18 @@ class NativeEngine:
         batches = [batch.to(platform.device()) for batch in microbatches]
         # The denominators depend on the data alone, so they are known before the forward pass: each microbatch's loss is divided
         # by the count over all microbatches and ranks, and plain sums of gradients are then those of the global mean.
-        counts = self._global_counts(batches)
+        counts = global_counts(batches, groups=self.groups)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         # Ranks have waited for each other to count; from here on, until they reduce gradients, each works for itself.
         work = platform.mark()
-        sums = self._reduce(self._run(batches, counts=counts))
+        sums = reduced(self._run(batches, counts=counts), groups=self.groups)
         set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.prepare_grads()
         # The host waits for the device here, once in a step: whatever was enqueued before is then known as well.
         grad_norm = float(self.optimizer.get_grad_norm())
-        loss = float(self._weighted(sums, counts))
+        loss = float(weighted(sums, counts, settings=self.settings))
         skipped = judge(loss, grad_norm)
         if skipped is None:
             self._clip_and_step(grad_norm)
@@ -107,11 +111,11 @@ class NativeEngine:
     def evaluate(self, microbatches: Sequence[Batch]) -> LossResult:
         """Loss sums without learning; call within `evaluating`."""
         batches = [batch.to(platform.device()) for batch in microbatches]
-        counts = self._global_counts(batches)
+        counts = global_counts(batches, groups=self.groups)
         # The interleaved schedule takes multiples of the number of stages.
         missing = -len(batches) % self.groups.pipeline.size() if self.groups.virtual_pipeline_size else 0
         batches += [batches[-1].without_losses()] * missing
-        return LossResult(sums=self._reduce(self._run(batches, counts=counts, forward_only=True)), counts=counts)
+        return LossResult(sums=reduced(self._run(batches, counts=counts, forward_only=True), groups=self.groups), counts=counts)
 
     def _run(self, batches: list[Batch], *, counts: Counts, forward_only: bool = False) -> list[Tensor]:
         """Forward (and backward) over all microbatches: on the last stage, the flattened loss sums of each."""
@@ -135,39 +139,8 @@ class NativeEngine:
 
     def _loss(self, sums: LossSums, *, counts: Counts) -> tuple[Tensor, Tensor, Tensor]:
         """In megatron-core's form: loss, number of tokens (ours are divided by already), what to report."""
-        loss = self._weighted(sums, counts)
+        loss = weighted(sums, counts, settings=self.settings)
         return loss, torch.ones((), dtype=torch.int, device=loss.device), sums.flatten()
-
-    def _weighted(self, sums: LossSums, counts: Counts) -> Tensor:
-        """What is minimised: the mean of each loss over its own tokens, weighted."""
-        settings = self.settings
-        return (
-            settings.text_loss_weight * sums.text / counts.text.clamp(min=1)
-            + settings.image_loss_weight * sums.image / counts.image.clamp(min=1)
-            + settings.alignment_loss_weight * sums.alignment / counts.alignment.clamp(min=1)
-        )
-
-    def _global_counts(self, batches: list[Batch]) -> Counts:
-        stacked = Counts.of(batches).to_tensor()
-        torch.distributed.all_reduce(stacked, group=self.groups.data)
-        return Counts.from_tensor(stacked)
-
-    def _reduce(self, flattened: list[Tensor]) -> LossSums:
-        """Over microbatches, tensor- and data-parallel ranks; then from one rank of each replica to all others of it.
-
-        The last bit counts, for ranks that judge a step differently part for ever. The sums are the same to the bit within one
-        data-parallel group, but other groups may add in another order.
-        """
-        if self.last_stage is not None:
-            total = torch.stack(flattened).sum(dim=0)
-            total[0] /= self.groups.tensor.size()  # the text loss is whole on each tensor-parallel rank, all else is a share
-            torch.distributed.all_reduce(total, group=self.groups.tensor)
-            torch.distributed.all_reduce(total, group=self.groups.data)
-        else:
-            total = torch.zeros(LossSums.size(), device=platform.device())
-        if self.groups.model.size() > 1:
-            torch.distributed.broadcast(total, group=self.groups.model, group_src=self.groups.model.size() - 1)
-        return LossSums.unflatten(total)
 
     def _finalize_gradients(self, model: list[torch.nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
         """megatron-core's reductions, without its division by `num_tokens`, then a sum over tensor-parallel ranks.
@@ -233,6 +206,9 @@ class NativeEngine:
         outputs = self._pipeline([batch] * copies, forward_step, forward_only=True, collect_non_loss_data=True)
         return outputs[0] if self.last_stage is not None else None
 
+    def close(self) -> None:
+        """There is nothing to let go of."""
+
     # --- state ------------------------------------------------------------------------------------------------------------------
 
     @property
@@ -245,7 +221,7 @@ class NativeEngine:
         state = {
             f"model{number}": chunk.module.sharded_state_dict(metadata=self._metadata) for number, chunk in enumerate(self.chunks)
         }
-        return {key: under_average_names(of_chunk) for key, of_chunk in state.items()} if average else state
+        return {key: under_prefix(of_chunk, prefix=AVERAGE_PREFIX) for key, of_chunk in state.items()} if average else state
 
     def sharded_state_dict(self, *, is_loading: bool = False, average: bool = True) -> dict[str, Any]:
         """Model, optimizer and (with `average`) moving average, in the form that reshards to any layout."""
@@ -256,7 +232,9 @@ class NativeEngine:
         state = {**model, "optimizer": optimizer}
         if average and self.average is not None:
             tensors = self.average.room() if is_loading else self.average.whole()
-            state["average"] = {key: under_average_names(of_chunk, tensors) for key, of_chunk in model.items()}
+            state["average"] = {
+                key: under_prefix(of_chunk, prefix=AVERAGE_PREFIX, tensors=tensors) for key, of_chunk in model.items()
+            }
             state["average_updates"] = self.average.updates
         return state
 

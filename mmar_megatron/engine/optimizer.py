@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -26,6 +27,11 @@ def learning_rate(step: int, *, config: OptimizerConfig, total_steps: int) -> fl
         return config.lr
     progress = (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps)
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter decays, by the rule that `build_optimizer` gives megatron-core."""
+    return parameter.ndim > 1 and not any(fnmatch(name, pattern) for pattern in NO_WEIGHT_DECAY)
 
 
 def build_optimizer(

@@ -22,7 +22,7 @@ from mmar_megatron.data.codec import ImageCodec, build_codec
 from mmar_megatron.data.source import tokenizer_file
 from mmar_megatron.data.tokenizer import SPECIAL_TOKENS, Tokenizer, find_tokenizer, load_tokenizer
 from mmar_megatron.data.vae import CONFIG_NAME, VAECodec
-from mmar_megatron.engine.average import AVERAGE_PREFIX
+from mmar_megatron.engine.sharding import AVERAGE_PREFIX
 from mmar_megatron.hf.card import model_card
 from mmar_megatron.hf.configuration_mmar import MMARConfig
 from mmar_megatron.hf.modeling_mmar import MMARForCausalLM

@@ -282,7 +282,8 @@ def _check_vocabulary(tokenizer: Tokenizer, pretrained: Pretrained, *, hf: Path,
 
 def _facts(command: CommandLine, hf: Path, **fingerprints: str) -> dict[str, Any]:
     layout = {"tensor": 1, "pipeline": 1, "data": 1}
-    facts = facts_of(Progress(fingerprints=fingerprints), layout=layout, average=False, config_yaml=command.yaml)
+    progress = Progress(fingerprints=fingerprints)
+    facts = facts_of(progress, engine="native", layout=layout, average=False, config_yaml=command.yaml)
     return {**facts, WEIGHTS_ONLY: True, IMPORTED_FROM: hf.resolve().name}
 
 

@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
-from mmar_megatron.engine.average import AVERAGE_PREFIX
+from mmar_megatron.engine.sharding import AVERAGE_PREFIX
 from mmar_megatron.training import manifest
 from mmar_megatron.training.checkpoint import CONFIG
 from mmar_megatron.training.saving import reason_of, write_small

@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
 
 from mmar_megatron import parallel
-from mmar_megatron.config import Config, TransformerConfig
+from mmar_megatron.config import Config, DeepSpeedConfig, TransformerConfig
 from mmar_megatron.config_checks import validate_world
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.model.mmar_model import MMARModel, build_model
@@ -56,7 +56,7 @@ class Memory:
     weights: int
     gradients: int
     optimizer: int
-    """This rank's shard: the distributed optimizer divides its state over the data-parallel ranks."""
+    """This rank's shard: the distributed optimizer and ZeRO divide its state over the data-parallel ranks."""
 
     @property
     def total(self) -> int:
@@ -72,6 +72,19 @@ class Memory:
             weights=weight * parameters,
             gradients=gradient * parameters,
             optimizer=math.ceil(optimizer * parameters / data_parallel_size),
+        )
+
+    @classmethod
+    def of_zero(cls, parameters: int, *, config: DeepSpeedConfig, dtype: str, data_parallel_size: int) -> Memory:
+        """Of the DeepSpeed engine on the device; but for padding, buckets, and what stage 3 gathers for a while."""
+        weight, gradient, _ = _BYTES[dtype]
+        stage, share = config.zero_stage, math.ceil(parameters / data_parallel_size)
+        # From stage 1 on there are fp32 copies even of fp32 weights.
+        optimizer = 8 * parameters if stage == 0 else 12 * share
+        return cls(
+            weights=0 if config.offload_parameters else weight * (share if stage == 3 else parameters),
+            gradients=gradient * (share if stage >= 2 else parameters),
+            optimizer=0 if config.offload_optimizer else optimizer,
         )
 
 
@@ -212,7 +225,7 @@ def plan(config: Config, *, geometry: ImageGeometry, vocab_size: int, rows: RowM
     whole_sizes: dict[str, int] = {}
     for number in range(costs.stages):
         with stage_on_meta(config, number, geometry=geometry, vocab_size=vocab_size, world_size=world_size) as (groups, chunks):
-            in_words = groups.describe()
+            in_words = groups.describe() + (f", ZeRO {config.deepspeed.zero_stage}" if config.engine == "deepspeed" else "")
             parameters = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
             layers = tuple(tuple(layer.layer_number for layer in chunk.decoder.layers) for chunk in chunks)
             of_pieces = (
@@ -222,12 +235,7 @@ def plan(config: Config, *, geometry: ImageGeometry, vocab_size: int, rows: RowM
                 Stage(
                     layers=layers,
                     parameters=parameters,
-                    memory=Memory.of(
-                        parameters,
-                        dtype=config.precision.dtype,
-                        average=config.optimizer.ema_decay > 0,
-                        data_parallel_size=data_parallel_size,
-                    ),
+                    memory=_memory(config, parameters, data_parallel_size=data_parallel_size),
                     flops=sum(of_pieces) // (world_size // costs.stages),
                 )
             )
@@ -279,6 +287,14 @@ def stage_on_meta(
             )
     finally:
         parallel.leave()
+
+
+def _memory(config: Config, parameters: int, *, data_parallel_size: int) -> Memory:
+    dtype = config.precision.dtype
+    if config.engine == "deepspeed":
+        return Memory.of_zero(parameters, config=config.deepspeed, dtype=dtype, data_parallel_size=data_parallel_size)
+    average = config.optimizer.ema_decay > 0
+    return Memory.of(parameters, dtype=dtype, average=average, data_parallel_size=data_parallel_size)
 
 
 def _whole_sizes(chunk: MMARModel) -> dict[str, int]:

@@ -7,6 +7,7 @@ from mmar_megatron.config import Config
 from mmar_megatron.data.loader import TrainLoader
 from mmar_megatron.data.source import DataSource
 from mmar_megatron.data.stream import StreamState
+from mmar_megatron.engine.base import Engine
 from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.model.mmar_model import build_model
@@ -24,7 +25,7 @@ def open_source(config: Config) -> DataSource:
     return source
 
 
-def build_engine(config: Config, *, source: DataSource, groups: ParallelGroups) -> NativeEngine:
+def build_engine(config: Config, *, source: DataSource, groups: ParallelGroups) -> Engine:
     """The model with its initial weights, of the sizes that the data ask for, in the engine that will train it."""
     model = build_model(
         config.model,
@@ -33,7 +34,12 @@ def build_engine(config: Config, *, source: DataSource, groups: ParallelGroups) 
         groups=groups,
         seed=config.seed,
     )
-    return NativeEngine(config, chunks=model, groups=groups)
+    if config.engine == "native":
+        return NativeEngine(config, chunks=model, groups=groups)
+    from mmar_megatron.engine.deepspeed import DeepSpeedEngine  # here, since it takes seconds
+
+    (whole,) = model
+    return DeepSpeedEngine(config, model=whole, groups=groups)
 
 
 def build_loader(config: Config, *, source: DataSource, groups: ParallelGroups, state: StreamState | None = None) -> TrainLoader:

@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from mmar_megatron import platform
 from mmar_megatron.data.stream import StreamState
-from mmar_megatron.engine.average import AVERAGE_PREFIX
 from mmar_megatron.engine.base import Engine
+from mmar_megatron.engine.sharding import AVERAGE_PREFIX, OPTIMIZER_PREFIX
 from mmar_megatron.parallel import ParallelGroups
 from mmar_megatron.training import manifest
 from mmar_megatron.training.manifest import MANIFEST
@@ -218,12 +218,17 @@ def load(engine: Engine, path: Path, *, groups: ParallelGroups) -> Progress:
     """Continue from a checkpoint: model, optimizer, average, generators; all ranks call it together.
 
     Raises:
-        ValueError: it is of another model, or holds weights alone.
+        ValueError: it is of another model or engine, or holds weights alone.
     """
     facts = manifest.read(path)
     if facts.get(WEIGHTS_ONLY):
         raise ValueError(
             f"The checkpoint {path} holds weights alone, which no run can continue: give it as checkpoint.init_from."
+        )
+    if (written_by := facts["engine"]) != engine.name:
+        raise ValueError(
+            f"The checkpoint {path} has the optimizer's state of the engine {written_by}: continue with --engine {written_by}, "
+            "or start from its weights by checkpoint.init_from."
         )
     # The generators' states belong to one layout. In another they start anew, which only dropout can tell.
     same_layout = facts["layout"] == groups.layout()
@@ -284,7 +289,7 @@ def load_weights(engine: Engine, path: Path, *, average: bool = False) -> Weight
         {value.key for value in nested_values(state) if isinstance(value, ShardedTensor | ShardedTensorFactory)}
     )
     there = {key for key in dist_checkpointing.load_tensors_metadata(str(path)) if key.startswith(AVERAGE_PREFIX) == average}
-    there = {key for key in there if not key.startswith("optimizer.")}
+    there = {key for key in there if not key.startswith(OPTIMIZER_PREFIX)}
     if average and not there:
         raise ValueError(f"The checkpoint {path} holds no average of the weights: train with optimizer.ema_decay above 0.")
     if lacking := sorted(key for key in wanted - there if key.removeprefix(prefix).startswith("decoder.")):

@@ -37,7 +37,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from mmar_megatron import platform
-from mmar_megatron.config import CheckpointConfig
+from mmar_megatron.config import CheckpointConfig, EngineName
 from mmar_megatron.engine.base import Engine
 from mmar_megatron.parallel import ParallelGroups
 from mmar_megatron.training import checkpoint, manifest
@@ -131,7 +131,7 @@ class CheckpointWriter:
             writer.write_buckets = writer.preload_tensors(writer.write_buckets, True)
         self._check_space(partial, writer)
         layout, average = self._groups.layout(), engine.has_average
-        facts = facts_of(progress, layout=layout, average=average, config_yaml=self._config_yaml)
+        facts = facts_of(progress, engine=engine.name, layout=layout, average=average, config_yaml=self._config_yaml)
         small = {COMMON_STATE_FNAME: common, CONFIG: self._config_yaml} if self._publishes else {}
         return _Save(progress=progress, partial=partial, writer=writer, index=index, small=small, facts=facts)
 
@@ -194,16 +194,20 @@ class CheckpointWriter:
             print(f"no old checkpoint was deleted: {error}", flush=True)  # known to this rank alone
 
 
-def facts_of(progress: Progress, *, layout: dict[str, int], average: bool, config_yaml: str) -> dict[str, Any]:
+def facts_of(
+    progress: Progress, *, engine: EngineName, layout: dict[str, int], average: bool, config_yaml: str
+) -> dict[str, Any]:
     """What a checkpoint's manifest says beside its files.
 
     Args:
+        engine: whose optimizer's state it holds.
         layout: `ParallelGroups.layout` of what writes it.
         average: whether it holds a moving average of the weights.
         config_yaml: its configuration.
     """
     return {
         **asdict(progress),
+        "engine": engine,
         "layout": layout,
         "average": average,
         "config_sha256": manifest.digest_of_text(config_yaml),

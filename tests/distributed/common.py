@@ -18,7 +18,7 @@ from mmar_megatron.data.batch import IGNORE, Batch
 from mmar_megatron.data.codec import PatchCodec
 from mmar_megatron.data.loader import TrainLoader
 from mmar_megatron.data.prepare import make_shapes
-from mmar_megatron.engine.base import LossResult, StepResult
+from mmar_megatron.engine.base import Engine, LossResult, StepResult
 from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.scaling.split import split_pipeline
 from mmar_megatron.training.building import build_engine, build_loader, open_source
@@ -52,6 +52,13 @@ def command(*options: str, data: str | Path) -> CommandLine:
 
 
 def build(line: CommandLine) -> tuple[NativeEngine, TrainLoader, parallel.ParallelGroups]:
+    """The native engine, and a loader, in the layout of the configuration."""
+    engine, loader, groups = build_any(line)
+    assert isinstance(engine, NativeEngine)
+    return engine, loader, groups
+
+
+def build_any(line: CommandLine) -> tuple[Engine, TrainLoader, parallel.ParallelGroups]:
     """Engine and loader in the layout of the configuration."""
     config = line.config
     validate_world(config, world_size=platform.world_size())
@@ -59,7 +66,8 @@ def build(line: CommandLine) -> tuple[NativeEngine, TrainLoader, parallel.Parall
     platform.seed_everything(config.seed, tensor_rank=groups.tensor.rank())
     source = open_source(config)
     config = split_pipeline(config, source)
-    return build_engine(config, source=source, groups=groups), build_loader(config, source=source, groups=groups), groups
+    engine = build_engine(config, source=source, groups=groups)
+    return engine, build_loader(config, source=source, groups=groups), groups
 
 
 def mix(data: Path) -> Path:
@@ -91,7 +99,7 @@ def one_document_a_row(batch: Batch) -> Batch:
     return replace(batch, image_positions_MN=positions_MN, **{name: torch.stack(rows) for name, rows in columns.items()})
 
 
-def train(engine: NativeEngine, batches: Iterable, *, steps: int, microbatches: int, lr: float = 3e-3) -> list[StepResult]:
+def train(engine: Engine, batches: Iterable, *, steps: int, microbatches: int, lr: float = 3e-3) -> list[StepResult]:
     """Results of some steps."""
     iterator = iter(batches)
     results = [engine.train_step(list(islice(iterator, microbatches)), learning_rate=lr) for _ in range(steps)]

@@ -23,7 +23,7 @@ from mmar_megatron.config import Config, parse_command_line
 from mmar_megatron.data.batch import IGNORE, Batch
 from mmar_megatron.data.held_out import HeldOut
 from mmar_megatron.data.source import DataSource
-from mmar_megatron.engine.native import NativeEngine
+from mmar_megatron.engine.base import Engine
 from mmar_megatron.inference.images import ImageSampling, paint
 from mmar_megatron.inference.text import caption
 from mmar_megatron.parallel import ParallelGroups
@@ -134,7 +134,7 @@ def _by_training(place: Place, config: Config, groups: ParallelGroups) -> dict[s
     }
 
 
-def _forward(engine: NativeEngine, source: DataSource) -> dict[str, Any]:
+def _forward(engine: Engine, source: DataSource) -> dict[str, Any]:
     """A painted and a described image, as the exported model takes them, and what comes of them in training."""
     batch = Documents(source.tokenizer).mixed_batch()
     losses = means(engine.evaluate([batch]))

@@ -8,7 +8,7 @@ import torch
 
 from mmar_megatron.data.codec import build_codec
 from mmar_megatron.data.tokenizer import load_tokenizer
-from mmar_megatron.engine.average import AVERAGE_PREFIX
+from mmar_megatron.engine.sharding import AVERAGE_PREFIX
 from mmar_megatron.hf.exporting import heads_of, hugging_face_config, tensors_of
 from mmar_megatron.hf.names import join, links
 from mmar_megatron.hf.storage import TensorSpec, is_stacked, write_checkpoint
@@ -45,7 +45,7 @@ def make_checkpoint(run_dir: Path, *options: str, data: Path, average: bool = Fa
         {key: TensorSpec(tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()},
         lambda key, layer: tensors[key] if layer is None else tensors[key][layer],
         config_yaml=line.yaml,
-        facts=facts_of(progress, layout={}, average=average, config_yaml=line.yaml),
+        facts=facts_of(progress, engine="native", layout={}, average=average, config_yaml=line.yaml),
         say=lambda _: None,
     )
     return out

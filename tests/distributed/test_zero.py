@@ -1,0 +1,155 @@
+"""DeepSpeed's ZeRO trains as the native engine does, stops and goes on at other stages and numbers of ranks, and paints alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mmar_megatron.config import DeepSpeedConfig
+from mmar_megatron.scaling.plan import Memory
+from tests.distributed.common import make_data
+from tests.distributed.launch import run_group
+
+# The first test waits for three launches.
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(3 * 480)]
+
+WORKER = Path(__file__).with_name("zero_worker.py")
+STEPS, FEW = 20, 5
+TP2 = ["--parallel.tensor_model_parallel_size", "2"]
+SP = ["--parallel.sequence_parallel", "true"]
+BF16 = ["--precision.dtype", "bf16"]
+UNTIED = ["--model.tie_embeddings", "false"]
+RECOMPUTE = [
+    *("--model.backbone.recompute_granularity", "full", "--model.backbone.recompute_method", "uniform"),
+    *("--model.backbone.recompute_num_layers", "1"),
+]
+LINEAR = ["--optimizer.eps", "1e4", "--optimizer.weight_decay", "0", "--optimizer.betas", "[0.0, 0.999]"]
+"""AdamW whose step is as large as the gradient, as SGD's: its own step does not tell how gradients were clipped."""
+LINEAR_LR = 1e4 * 0.1
+
+
+def zero(stage: int, *options: str) -> list[str]:
+    return ["--engine", "deepspeed", "--deepspeed.zero_stage", str(stage), *options]
+
+
+OFFLOAD = ["--deepspeed.offload_optimizer", "true"]
+LIKE_NATIVE = {f"zero {stage}": zero(stage) for stage in range(4)} | {
+    "zero 2 offload": zero(2, *OFFLOAD),
+    "zero 3 offload": zero(3, *OFFLOAD, "--deepspeed.offload_parameters", "true"),
+    "zero 1 recompute": zero(1, *RECOMPUTE),
+    "zero 3 recompute": zero(3, *RECOMPUTE),
+}
+LIKE_LINEAR = {f"zero {stage} linear": zero(stage, *LINEAR) for stage in range(4)}
+ON_FOUR = {f"TP2 zero {stage}": zero(stage, *TP2) for stage in range(4)} | {
+    "TP2 SP zero 1": zero(1, *TP2, *SP),
+    "TP2 SP zero 3": zero(3, *TP2, *SP),
+}
+GOES_ON = {
+    "on at 2": ("zero 2 begins", zero(2)),
+    "on at 3": ("zero 2 begins", zero(3)),
+    "on at 0": ("zero 3 begins", zero(0)),
+    "on at 3 after 3": ("zero 3 begins", zero(3)),
+}
+HALF = STEPS // 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With data and checkpoints."""
+    return tmp_path_factory.mktemp("zero")
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> dict[str, dict[str, Any]]:
+    """The figures of every run."""
+    data = make_data(folder / "shapes")
+    whole, few = {"steps": STEPS}, {"steps": FEW}
+    on_two: dict[str, dict[str, Any]] = {
+        "native": {**whole, "options": [], "paints": True},
+        **{name: {**whole, "options": options, "paints": True} for name, options in LIKE_NATIVE.items()},
+        "native linear": {**few, "options": LINEAR, "lr": LINEAR_LR},
+        **{name: {**few, "options": options, "lr": LINEAR_LR} for name, options in LIKE_LINEAR.items()},
+        "native bf16": {**whole, "options": BF16},
+        "zero 2 bf16": {**whole, "options": zero(2, *BF16)},
+        "zero 3 bf16": {**few, "options": zero(3, *BF16)},
+        "native untied": {**few, "options": UNTIED},
+        "zero 3 untied": {**few, "options": zero(3, *UNTIED)},
+        "zero 2 begins": {"steps": HALF, "options": zero(2)},
+        "zero 3 begins": {"steps": HALF, "options": zero(3)},
+        **{name: {"steps": HALF, "options": options, "after": after} for name, (after, options) in GOES_ON.items()},
+        "zero 2 bf16 begins": {"steps": HALF, "options": zero(2, *BF16)},
+        "bf16 on at 2": {"steps": HALF, "options": zero(2, *BF16), "after": "zero 2 bf16 begins"},
+    }
+    on_four = {name: {**whole, "options": options} for name, options in ON_FOUR.items()}
+    on_one = {"one on at 1": {"steps": HALF, "options": zero(1), "after": "zero 3 begins"}}
+    found: dict[str, dict[str, Any]] = {}
+    for nproc, of_nproc in ((2, on_two), (4, on_four), (1, on_one)):
+        output = run_group(WORKER, str(data), str(folder), json.dumps(of_nproc), nproc=nproc, timeout=480)
+        for line in output.splitlines():
+            if line.startswith("{"):
+                found |= json.loads(line)
+    return found
+
+
+def assert_same(got: list[dict[str, float]], expected: list[dict[str, float]], *, tolerance: float) -> None:
+    for step, (a, b) in enumerate(zip(got, expected, strict=True)):
+        for figure in b:
+            assert a[figure] == pytest.approx(b[figure], rel=tolerance), f"{figure} of row {step}"
+
+
+REFERENCES = {
+    **dict.fromkeys((*LIKE_NATIVE, *ON_FOUR), "native"),
+    **dict.fromkeys(LIKE_LINEAR, "native linear"),
+    "zero 2 bf16": "native bf16",
+    "zero 3 bf16": "native bf16",
+    "zero 3 untied": "native untied",
+}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_it_trains_as_the_native_engine(name: str, runs: dict[str, dict[str, Any]]) -> None:
+    got, expected = runs[name]["figures"], runs[REFERENCES[name]]["figures"]
+    if len(got) < len(expected):  # of fewer steps; the last row is of an evaluation
+        got, expected = got[:-1], expected[: len(got) - 1]
+    assert_same(got, expected, tolerance=2e-2 if name.endswith("bf16") else 1e-5)
+
+
+def test_gradients_were_clipped(runs: dict[str, dict[str, Any]]) -> None:
+    """Else nothing would tell of it."""
+    norms = [row["grad_norm"] for row in runs["native linear"]["figures"][:-1]]
+    assert sum(norm > 1.0 for norm in norms) > FEW / 2
+
+
+@pytest.mark.parametrize("name", LIKE_NATIVE)
+def test_it_paints_and_reads_as_the_native_engine(name: str, runs: dict[str, dict[str, Any]]) -> None:
+    assert np.abs(np.subtract(runs["native"]["painted"], runs[name]["painted"])).max() <= 1
+    assert runs[name]["read"] == runs["native"]["read"]
+
+
+@pytest.mark.parametrize(("stage", "suffix"), [(0, ""), (1, ""), (2, ""), (3, ""), (2, " bf16"), (3, " bf16")])
+def test_memory_is_as_planned(stage: Any, suffix: str, runs: dict[str, dict[str, Any]]) -> None:
+    """But for padding of the parts, and of stage 3 of each parameter."""
+    run = runs[f"zero {stage}{suffix}"]
+    planned = Memory.of_zero(
+        run["parameters"],
+        config=DeepSpeedConfig(zero_stage=stage),
+        dtype=suffix.strip() or "fp32",
+        data_parallel_size=2,
+    )
+    assert run["bytes"] == pytest.approx({"weights": planned.weights, "optimizer": planned.optimizer}, rel=2e-3)
+
+
+@pytest.mark.parametrize("name", [*GOES_ON, "one on at 1"])
+def test_it_goes_on_at_another_stage_and_number_of_ranks(name: str, runs: dict[str, dict[str, Any]]) -> None:
+    assert_same(runs[name]["figures"], runs["native"]["figures"][HALF:], tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "whole"), [("on at 2", "zero 2"), ("on at 3 after 3", "zero 3"), ("bf16 on at 2", "zero 2 bf16")]
+)
+def test_it_goes_on_exactly(name: str, whole: str, runs: dict[str, dict[str, Any]]) -> None:
+    assert runs[name]["figures"] == runs[whole]["figures"][HALF:]

@@ -1,0 +1,97 @@
+"""One process of a group: trains with one engine after another, and prints the figures of each step.
+
+Arguments: data directory, directory for checkpoints, JSON {name: {"options": [...], "steps": n, "after": name, "paints": bool}}.
+The first trains from weights that are stirred; the others take the weights it began with, or go on "after" the last checkpoint of
+another. Each saves a checkpoint at its end. With "paints" it paints and reads then too.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmar_megatron import parallel
+from mmar_megatron.config import CheckpointConfig
+from mmar_megatron.engine.base import Engine
+from mmar_megatron.engine.deepspeed import DeepSpeedEngine
+from mmar_megatron.engine.native import NativeEngine
+from mmar_megatron.inference.images import paint
+from mmar_megatron.inference.text import caption
+from mmar_megatron.training import checkpoint
+from mmar_megatron.training.building import build_loader
+from mmar_megatron.training.checkpoint import Progress
+from mmar_megatron.training.saving import CheckpointWriter
+from tests.distributed.common import build_any, command, means, train
+from tests.distributed.gradients import stir
+from tests.distributed.layout_worker import CAPTIONS, SAMPLINGS
+
+START = "start"
+
+
+def save(engine: Engine, progress: Progress, *, run_dir: Path, groups: parallel.ParallelGroups) -> None:
+    writer = CheckpointWriter(CheckpointConfig(), run_dir=run_dir, config_yaml="{}", groups=groups, say=print)
+    writer.save(engine, progress=progress)
+    writer.close()
+
+
+def bytes_on_rank(engine: DeepSpeedEngine) -> dict[str, int]:
+    """What this rank keeps of weights and of the optimizer's state between steps."""
+    weights = list(engine.model.parameters())
+    if engine.stage == 3:
+        weights = [parameter.ds_tensor for parameter in weights]
+    masters = [] if engine.stage == 0 else engine._flat
+    moments = [engine.optimizer.state[part][name] for part in engine._flat for name in ("exp_avg", "exp_avg_sq")]
+    size = {"weights": weights, "optimizer": [*masters, *moments]}
+    return {name: sum(tensor.numel() * tensor.element_size() for tensor in tensors) for name, tensors in size.items()}
+
+
+def main() -> None:
+    """Engine after engine in the same processes."""
+    data, directory, runs = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    for name, run in runs.items():
+        progress = Progress()
+        line = command(*run["options"], data=data)
+        engine, loader, groups = build_any(line)
+        if after := run.get("after"):
+            progress = checkpoint.load(engine, checkpoint.resolve(directory / after), groups=groups)
+            loader = build_loader(line.config, source=loader.source, groups=groups, state=progress.stream)
+        elif (directory / START).exists():
+            checkpoint.load_weights(engine, checkpoint.directory(directory / START, step=0))
+        else:
+            assert isinstance(engine, NativeEngine)
+            stir(engine)
+            save(engine, progress, run_dir=directory / START, groups=groups)
+        batch = line.config.train
+        microbatches = batch.global_batch_size // (batch.micro_batch_size * groups.data.size())
+        batches = iter(loader)
+        results = train(engine, batches, steps=run["steps"], microbatches=microbatches, lr=run.get("lr", 3e-3))
+        made: dict[str, Any] = {"figures": [means(result) for result in results]}
+        save(
+            engine,
+            Progress(step=progress.step + run["steps"], stream=loader.state),
+            run_dir=directory / name,
+            groups=groups,
+        )
+        with engine.evaluating():
+            made["figures"].append(means(engine.evaluate(list(islice(batches, microbatches)))))
+            if run.get("paints"):
+                painted = paint(engine, CAPTIONS, source=loader.source, groups=groups, sampling=SAMPLINGS[0])
+                made["read"] = caption(engine, list(painted), source=loader.source, groups=groups, max_tokens=6)
+                made["painted"] = painted.flatten().tolist()
+        if isinstance(engine, DeepSpeedEngine):
+            made["parameters"] = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
+            made["bytes"] = bytes_on_rank(engine)
+        if torch.distributed.get_rank() == 0:
+            print(json.dumps({name: made}), flush=True)
+        engine.close()
+        parallel.destroy()
+    parallel.leave()
+
+
+if __name__ == "__main__":
+    main()
