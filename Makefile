@@ -27,7 +27,7 @@ help: ## list the commands
 setup: .venv/.complete ## build .venv with everything pinned; does nothing when it is up to date
 
 # torch goes first and alone: it decides which build (CPU or CUDA) the rest is installed beside, and nothing may replace it.
-.venv/.complete: requirements.txt requirements-dev.txt pyproject.toml
+.venv/.complete: requirements.txt requirements-demo.txt requirements-dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "This needs Python 3.11 or later: make PYTHON=python3.11")'
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	python -m pip install --quiet "$$(grep '^torch==' requirements.txt)"

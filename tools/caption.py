@@ -23,7 +23,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-DTYPES = ("float32", "bfloat16", "float16")
+from mmar_megatron.generation.options import add_model_options, model_options
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,11 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("pictures", nargs="*", metavar="PICTURE", help="files, directories, or patterns in quotes")
     add("--input", type=Path, metavar="FILE.jsonl", help="in their place: pictures with questions or texts of their own")
-    add("--model", required=True, metavar="PATH", help="an export, a checkpoint, or a run: its newest checkpoint")
-    add("--ema", action="store_true", help="of a checkpoint, the moving average of the weights")
-    add("--dtype", choices=DTYPES, help="of the weights (default: as they are stored)")
-    add("--tokenizer", metavar="PATH", help="of a checkpoint, where it is, if not where the run's configuration says")
-    add("--vae", metavar="DIR", help="of a checkpoint, where it is, if not where the run's configuration says")
+    add_model_options(parser)
     add("--question", metavar="TEXT", help="ask this, as in a conversation (default: a plain caption)")
     add("--max_tokens", type=int, default=64, help="most that a text has (default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="0: the most likely word after word (default)")
@@ -67,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
         inputs = read_inputs(args.input, question=args.question)
     else:
         inputs = find_pictures(args.pictures, question=args.question)
-    opened = open_model(args.model, average=args.ema, dtype=args.dtype, tokenizer=args.tokenizer, vae=args.vae)
+    opened = open_model(**model_options(args))
 
     bad: list[str] = []
 

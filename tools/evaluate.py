@@ -143,7 +143,7 @@ def _held_out(source: DataSource, count: int, *, one_object: bool) -> list[Sampl
     return [held_out.read(places[i]) for i in chosen]
 
 
-def _progress(done: int, rounds: int, _: Tensor) -> None:
+def _progress(done: int, rounds: int, *_: Tensor) -> None:
     if sys.stderr.isatty():
         print(f"\rpainting, round {done}/{rounds}", end="\n" if done == rounds else "", file=sys.stderr, flush=True)
 

@@ -20,11 +20,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmar_megatron.generation.options import add_model_options, model_options
+
 if TYPE_CHECKING:
     from mmar_megatron.generation.files import Folder
     from mmar_megatron.generation.prompts import Prompt
 
-DTYPES = ("float32", "bfloat16", "float16")
 SAMPLERS = ("ddim", "ancestral", "dpm_solver++")
 SETTINGS = ("rounds", "steps", "sampler", "order", "guidance_scale", "guidance_schedule", "temperature", "refresh_every")
 SHEET_PICTURES = 64
@@ -35,12 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    add_model_options(parser)
     add = parser.add_argument
-    add("--model", required=True, metavar="PATH", help="an export, a checkpoint, or a run: its newest checkpoint")
-    add("--ema", action="store_true", help="of a checkpoint, the moving average of the weights")
-    add("--dtype", choices=DTYPES, help="of the weights (default: as they are stored)")
-    add("--tokenizer", metavar="PATH", help="of a checkpoint, where it is, if not where the run's configuration says")
-    add("--vae", metavar="DIR", help="of a checkpoint, where it is, if not where the run's configuration says")
     add("--out", required=True, type=Path, metavar="DIR", help="where the pictures go")
 
     prompts = parser.add_mutually_exclusive_group(required=True)
@@ -110,7 +107,7 @@ def run(args: argparse.Namespace) -> str:
     prompts = _prompts(args)
     pictures = pictures_of(prompts, images=args.images, seed=args.seed)
 
-    opened = open_model(args.model, average=args.ema, dtype=args.dtype, tokenizer=args.tokenizer, vae=args.vae)
+    opened = open_model(**model_options(args))
     settings = settle(opened, **{name: getattr(args, name) for name in SETTINGS})
     tokens = opened.model.config.num_image_tokens
     check_lengths(prompts, processor=opened.processor, image_tokens=tokens, longest=opened.longest_text)

@@ -34,7 +34,8 @@ class ImageSampling:
     """How images are drawn.
 
     Raises:
-        ValueError: an unknown order or guidance schedule, a guidance scale that is not finite, or no rounds to refresh after.
+        ValueError: an unknown order or guidance schedule, a guidance scale that is not finite, no rounds to refresh after, or a
+            seed that is none.
     """
 
     rounds: int = 16
@@ -62,6 +63,8 @@ class ImageSampling:
             raise ValueError(f"The guidance scale is {self.guidance_scale}: give a number; 1 is no guidance.")
         if self.refresh_every < 1:
             raise ValueError(f"refresh_every is {self.refresh_every}: give 1 (the whole image in each round) or more.")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"The seed is {self.seed}: give a whole number from 0 to 2^64 - 1.")
 
     @property
     def guided(self) -> bool:
@@ -144,6 +147,10 @@ class Painter(ABC):
         return spread(model.denoise, z_KZ, schedule=model.schedule, parameterization=model.parameterization, noise=noise)
 
 
+Report = Callable[[int, int, Tensor, Tensor], None]
+"""Told of a round: its number, from 1; the number of rounds; the latents so far, [B, N, C]; which of them are masked still."""
+
+
 def paint_tokens(
     painter: Painter,
     *,
@@ -151,7 +158,7 @@ def paint_tokens(
     masked_BN: Tensor,
     sampling: ImageSampling,
     first_number: int = 0,
-    progress: Callable[[int, int, Tensor], None] | None = None,
+    progress: Report | None = None,
 ) -> Tensor:
     """Draws all masked tokens; the others stay as they are. Returns [B, N, C].
 
@@ -161,7 +168,7 @@ def paint_tokens(
         masked_BN: bool, tokens to draw.
         sampling: rounds, order, guidance, seed.
         first_number: number of the first image, where a longer list is painted in parts.
-        progress: called after each round with its number, from 1, the number of rounds, and the latents so far.
+        progress: called after each round.
 
     Raises:
         ValueError: more rounds than there are tokens to draw in an image that is masked as a whole.
@@ -200,7 +207,7 @@ def paint_tokens(
                 )
             latents_BNC[row_K, place_K] = drawn_KC
         if progress is not None:
-            progress(number, sampling.rounds, latents_BNC)
+            progress(number, sampling.rounds, latents_BNC, plan_BN > number)
     return latents_BNC
 
 

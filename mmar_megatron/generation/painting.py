@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 import mmar_megatron
-from mmar_megatron.diffusion.painting import GuidanceSchedule, ImageSampling, Order, cosine_rounds
+from mmar_megatron.diffusion.painting import GuidanceSchedule, ImageSampling, Order, Report, cosine_rounds
 from mmar_megatron.diffusion.sampler import SamplerKind
 from mmar_megatron.generation.editing import Edit
 from mmar_megatron.generation.opening import Opened
@@ -100,7 +101,7 @@ def pictures_of(prompts: Sequence[Prompt], *, images: int, seed: int) -> list[Pi
     if images < 1:
         raise ValueError(f"--images is {images}: give 1 or more")
     if seed < 0:
-        raise ValueError(f"--seed is {seed}: give 0 or more")
+        raise ValueError(f"seed is {seed}: give 0 or more")
     return [
         Picture(
             prompt=prompt,
@@ -168,20 +169,42 @@ def paint(
         yield from zip(batch[there:], painted_BHW3[there:], strict=True)
 
 
-def _tell(progress: Callable[[float], None], begin: int, count: int, number: int, rounds: int, _: Any) -> None:
+def _tell(progress: Callable[[float], None], begin: int, count: int, number: int, rounds: int, *_: Tensor) -> None:
     progress(begin + count * number / rounds)
 
 
 def _paint(
-    opened: Opened, batch: Sequence[Picture], *, settings: dict[str, Any], edit: Edit | None, progress: Callable[..., None]
+    opened: Opened, batch: Sequence[Picture], *, settings: dict[str, Any], edit: Edit | None, progress: Report
 ) -> NDArray[np.uint8]:
+    return opened.processor.to_pictures(draw(opened, batch, settings=settings, edit=edit, progress=progress))
+
+
+def draw(
+    opened: Opened,
+    batch: Sequence[Picture],
+    *,
+    settings: dict[str, Any],
+    edit: Edit | None,
+    progress: Report,
+) -> Tensor:
+    """Tokens of pictures, fp32 [B, N, C].
+
+    Args:
+        opened: the model.
+        batch: of one seed, with consecutive numbers.
+        settings: of `settle`.
+        edit: the picture that all begin from.
+        progress: see `MMARForCausalLM.generate_images`.
+
+    Raises:
+        FloatingPointError: what was drawn is not finite.
+    """
     inputs = opened.processor.to_paint([picture.prompt.text for picture in batch]).to(opened.model.device)
     changes: dict[str, Any] = {}
     if edit is not None:
         redraw_BN = np.stack([edit.redraw(seed=picture.seed, number=picture.number) for picture in batch])
         changes = {"start_latents": edit.latents_NC.expand(len(batch), -1, -1), "redraw": torch.from_numpy(redraw_BN)}
     first = batch[0]
-    latents_BNC = opened.model.generate_images(
+    return opened.model.generate_images(
         **inputs, **changes, **settings, seed=first.seed, first_number=first.number, progress=progress
     )
-    return opened.processor.to_pictures(latents_BNC)

@@ -58,15 +58,15 @@ class Reading:
     def check(self) -> None:
         """Raises ValueError where a setting makes no sense."""
         if self.max_tokens < 1:
-            raise ValueError(f"--max_tokens is {self.max_tokens}: give 1 or more")
+            raise ValueError(f"max_tokens is {self.max_tokens}: give 1 or more")
         if self.temperature < 0:
-            raise ValueError(f"--temperature is {self.temperature}: give 0 (the most likely words) or more")
+            raise ValueError(f"temperature is {self.temperature}: give 0 (the most likely words) or more")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"--top_p is {self.top_p}: it must be a share above 0 and at most 1")
+            raise ValueError(f"top_p is {self.top_p}: it must be a share above 0 and at most 1")
         if self.top_p < 1 and self.temperature == 0:
-            raise ValueError("--top_p changes nothing at --temperature 0: give a temperature, or leave it out")
+            raise ValueError("top_p changes nothing at temperature 0: give a temperature, or leave it out")
         if self.seed < 0:
-            raise ValueError(f"--seed is {self.seed}: give 0 or more")
+            raise ValueError(f"seed is {self.seed}: give 0 or more")
 
 
 def find_pictures(names: Sequence[str], *, question: str | None) -> list[Input]:

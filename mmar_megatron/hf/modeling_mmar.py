@@ -14,7 +14,6 @@ levels for each, Z width of the head's condition.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -27,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmar_megatron.diffusion.conditional import denoising_loss
-from mmar_megatron.diffusion.painting import GuidanceSchedule, ImageSampling, Order, Painter, paint_tokens
+from mmar_megatron.diffusion.painting import GuidanceSchedule, ImageSampling, Order, Painter, Report, paint_tokens
 from mmar_megatron.diffusion.parameterization import Parameterization
 from mmar_megatron.diffusion.sampler import SamplerKind
 from mmar_megatron.diffusion.schedule import NoiseSchedule
@@ -542,7 +541,7 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
         refresh_every: int = 1,
         seed: int = 0,
         first_number: int = 0,
-        progress: Callable[[int, int, Tensor], None] | None = None,
+        progress: Report | None = None,
     ) -> Tensor:
         """Paint one image for each prompt (MAR, arXiv 2406.11838, section 4).
 
@@ -568,7 +567,8 @@ class MMARForCausalLM(MMARPreTrainedModel, GenerationMixin):
                 and those to draw; 1 is exact, more is faster.
             seed: of order and noise.
             first_number: number of the first image, where a longer list is painted in parts.
-            progress: called after each round with its number, from 1, the number of rounds, and the latents [B, N, C] so far.
+            progress: called after each round with its number, from 1, the number of rounds, the latents [B, N, C] so far, and
+                which of them are masked still [B, N].
 
         Returns:
             Latents, fp32 [B, N, C]; `processor.to_pictures` makes pictures of them.

@@ -21,7 +21,7 @@ from torch import Tensor
 from mmar_megatron import platform
 from mmar_megatron.data.sequence import Text
 from mmar_megatron.data.source import DataSource
-from mmar_megatron.diffusion.painting import ImageSampling, Painter, paint_tokens
+from mmar_megatron.diffusion.painting import ImageSampling, Painter, Report, paint_tokens
 from mmar_megatron.diffusion.sampler import NoiseSource
 from mmar_megatron.engine.base import Engine
 from mmar_megatron.inference.batches import image_batch, prompt_batch
@@ -38,7 +38,7 @@ def paint(
     groups: ParallelGroups,
     sampling: ImageSampling,
     first_number: int = 0,
-    progress: Callable[[int, int, Tensor], None] | None = None,
+    progress: Report | None = None,
 ) -> NDArray[np.uint8]:
     """Draw one image for each caption. All ranks of a model replica call it together; call within `engine.evaluating()`.
 
@@ -72,7 +72,7 @@ def paint_latents(
     groups: ParallelGroups,
     sampling: ImageSampling,
     first_number: int = 0,
-    progress: Callable[[int, int, Tensor], None] | None = None,
+    progress: Report | None = None,
 ) -> Tensor:
     """The images that `paint` decodes, fp32 [B, N, C] on this device."""
     shape = (len(captions), source.codec.num_tokens, source.codec.channels)

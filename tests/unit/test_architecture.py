@@ -1,7 +1,7 @@
 """Which way imports run, and which file alone may speak to a foreign library. Reads the source, imports nothing.
 
     config, platform, progress <- parallel <- diffusion, data, model, engine <- inference, scaling, evaluation <- training
-                                                          <- pretrain_mmar.py, hf <- generation, chaos, benchmarks, tools
+                                                        <- pretrain_mmar.py, hf <- generation, chaos, benchmarks <- demo, tools
 
 `diffusion`, `data`, `model` and `engine` do not import each other, with two exceptions: `model` uses `diffusion`; and the
 contract between the loader and the model, `data.batch`, is open to `model` and `engine`. `hf` converts checkpoints and may see
@@ -38,10 +38,11 @@ ALLOWED: dict[str, set[str]] = {
     "training": CORE | {"inference", "scaling", "evaluation"},
     "hf": CORE | {"training"},
     "generation": CORE | {"training", "hf"},
+    "demo": CORE | {"training", "hf", "generation"},
     "chaos": BASE | {"training.metrics"},
     "benchmarks": CORE | {"training", "inference", "scaling", "hf"},
     "pretrain_mmar": CORE | {"training", "inference", "scaling", "evaluation"},
-    "tools": CORE | {"training", "inference", "scaling", "evaluation", "hf", "generation", "chaos", "benchmarks"},
+    "tools": CORE | {"training", "inference", "scaling", "evaluation", "hf", "generation", "demo", "chaos", "benchmarks"},
 }
 
 # A word that may stand as part of a dotted name in one file alone.
@@ -52,6 +53,7 @@ HOMES = {
     "deepspeed": f"{PACKAGE}/engine/deepspeed.py",
     "diffusers": f"{PACKAGE}/data/vae.py",
     "efficientnet_lite_pytorch": f"{PACKAGE}/data/teacher.py",
+    **dict.fromkeys(("gradio", "fastapi", "uvicorn"), f"{PACKAGE}/demo/page.py"),
 }
 
 
@@ -160,6 +162,7 @@ def tree_with(root: Path, file: str, source: str) -> Path:
         ("mmar_megatron/config.py", "from . import parallel"),
         ("mmar_megatron/hf/exporting.py", "from mmar_megatron.evaluation import scores"),
         ("mmar_megatron/hf/loading.py", "from mmar_megatron.generation.opening import open_model"),
+        ("mmar_megatron/generation/painting.py", "from mmar_megatron.demo.canvas import Canvas"),
         ("mmar_megatron/training/trainer.py", "from tools.evaluate import main"),
         ("mmar_megatron/utils/misc.py", "import os"),
         ("mmar_megatron/__init__.py", "from mmar_megatron.config import Config"),
@@ -202,6 +205,8 @@ def test_right_arrows_pass(tmp_path: Path, file: str, source: str) -> None:
         "import deepspeed",
         "from diffusers import AutoencoderKL",
         "def f():\n    from efficientnet_lite_pytorch import EfficientNet",
+        "import gradio as gr",
+        "from uvicorn import run",
     ],
 )
 def test_strangers_are_found(tmp_path: Path, source: str) -> None:
@@ -212,6 +217,7 @@ def test_strangers_are_found(tmp_path: Path, source: str) -> None:
     ("file", "source"),
     [
         ("mmar_megatron/platform.py", "import torch\ntorch.cuda.synchronize()"),
+        ("mmar_megatron/demo/page.py", "import gradio as gr"),
         ("mmar_megatron/parallel.py", "from megatron.core import parallel_state"),
         ("mmar_megatron/training/trainer.py", "from mmar_megatron.engine.deepspeed import DeepSpeedEngine"),
         ("mmar_megatron/training/trainer.py", "stage = config.deepspeed.zero_stage"),

@@ -204,6 +204,7 @@ def test_guidance_grows_with_what_is_drawn() -> None:
     ("changes", "message"),
     [
         ({"order": "spiral"}, "Unknown order 'spiral': choose one of random, raster, confidence"),
+        ({"seed": -1}, "The seed is -1: give a whole number from 0"),
         ({"refresh_every": 0}, r"refresh_every is 0: give 1 \(the whole image in each round\) or more"),
         ({"guidance_schedule": "cosine"}, "Unknown guidance_schedule 'cosine': choose one of constant, linear"),
         ({"guidance_scale": float("nan")}, "The guidance scale is nan: give a number"),

@@ -116,7 +116,7 @@ def test_settings_that_do_not_fit_the_model(opened: Opened) -> None:
         settle(opened, temperature=-1)
     with pytest.raises(ValueError, match="--images is 0"):
         pictures_of(PROMPTS, images=0, seed=0)
-    with pytest.raises(ValueError, match="--seed is -1"):
+    with pytest.raises(ValueError, match="seed is -1"):
         pictures_of(PROMPTS, images=1, seed=-1)
 
 

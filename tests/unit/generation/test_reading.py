@@ -137,11 +137,11 @@ def test_bad_pictures_end_the_work_or_are_counted(opened: Opened, inputs: list[I
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_tokens": 0}, "--max_tokens is 0"),
-        ({"temperature": -1.0}, "--temperature is -1"),
-        ({"temperature": 1.0, "top_p": 0.0}, "--top_p is 0"),
-        ({"top_p": 0.5}, "--top_p changes nothing at --temperature 0"),
-        ({"seed": -1}, "--seed is -1"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"temperature": -1.0}, "temperature is -1"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0"),
+        ({"top_p": 0.5}, "top_p changes nothing at temperature 0"),
+        ({"seed": -1}, "seed is -1"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> None:

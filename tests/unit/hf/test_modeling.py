@@ -234,13 +234,20 @@ def test_inpainting_draws_what_was_asked_for_alone(model: MMARForCausalLM) -> No
     redraw[0, :3] = redraw[1, 4] = True  # and nothing of the third
     before = start.clone()
     reports: list[tuple[int, int, int]] = []
+
+    def report(number: int, of: int, latents: Tensor, masked: Tensor) -> None:
+        drawn = (latents != start).any(dim=-1)
+        assert torch.equal(drawn | masked, redraw)
+        assert not (drawn & masked).any()
+        reports.append((number, of, int(drawn.sum())))
+
     drawn = model.generate_images(
         **prompts,
         start_latents=start,
         redraw=redraw,
         rounds=4,
         steps=3,
-        progress=lambda number, of, latents: reports.append((number, of, int((latents != start).any(dim=-1).sum()))),
+        progress=report,
     )
     assert torch.equal(start, before)
     assert torch.equal(drawn[~redraw], start[~redraw])

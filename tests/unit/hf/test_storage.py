@@ -200,6 +200,14 @@ def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: 
     assert steps[4:] == ["-> out", tmp_path.name]
 
 
+def test_of_a_larger_tensor_only_the_part_is_written(tmp_path: Path) -> None:
+    """As of the one matrix in which a checkpoint has query, key and value."""
+    part = torch.arange(100_000.0)[10:20]
+    write_checkpoint(tmp_path / "out", {"a": TensorSpec((10,), torch.float32)}, lambda *_: part, config_yaml="", facts={})
+    assert torch.equal(CheckpointReader(tmp_path / "out").read("a"), part)
+    assert sum(file.stat().st_size for file in (tmp_path / "out").rglob("*")) < 20_000
+
+
 def test_disk_that_fills_up_is_named(tmp_path: Path) -> None:
     tensors = {"a": TensorSpec((9000,), torch.float32)}
     with files_no_longer_than(10_000), pytest.raises(OSError, match="File too large"):

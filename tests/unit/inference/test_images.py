@@ -54,7 +54,7 @@ def test_rounds_of_a_painting(scene: Scene) -> None:
 
 def test_progress_is_reported(scene: Scene) -> None:
     reported: list[tuple[int, int]] = []
-    painted(scene, CAPTIONS[:1], progress=lambda number, rounds, _: reported.append((number, rounds)))
+    painted(scene, CAPTIONS[:1], progress=lambda number, rounds, *_: reported.append((number, rounds)))
     assert reported == [(1, 3), (2, 3), (3, 3)]
 
 

@@ -82,7 +82,7 @@ def test_a_stopped_command_goes_on(model: list[str], pictures: Path, tmp_path: P
         ([], "give pictures, or else --input with a file that names them"),
         (["a.png", "--input", "b.jsonl"], "give pictures, or else --input"),
         (["a.png", "--batch_size", "0"], "--batch_size is 0"),
-        (["a.png", "--top_p", "0.5"], "--top_p changes nothing at --temperature 0"),
+        (["a.png", "--top_p", "0.5"], "top_p changes nothing at temperature 0"),
         (["a.png"], "There is no checkpoint at none"),
     ],
 )

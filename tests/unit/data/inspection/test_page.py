@@ -19,25 +19,12 @@ from mmar_megatron.data.inspection.opening import open_directory
 from mmar_megatron.data.inspection.page import Page, render
 from mmar_megatron.data.inspection.views import KINDS
 from mmar_megatron.data.source import DataSource
-from tests.browser import NoBrowserError, find_browser
 from tests.unit.data.conftest import TRAIN
 from tests.unit.data.inspection.conftest import SEQUENCE_LENGTH
 from tools.inspect_data import gather
 
 WIDTHS = (400, 1600)
 ROWS, SAMPLES = 5, 12
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[playwright.sync_api.Browser]:
-    try:
-        found = find_browser()
-    except NoBrowserError as error:
-        pytest.skip(str(error))
-    with playwright.sync_api.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=found.executable, args=found.options, env={**found.environment})
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
