@@ -26,9 +26,9 @@ _DELTA = 0.01
 _ROUNDS = 30
 _KNOWN = 0.5
 """Share of the resamples that must have the value: of a budget with few runs, many draws have too few sizes."""
-_LEVEL = 0.98
-"""Of intervals that must hold no difference: two, and one more that all budgets share. So where law and runs agree, one fit in 20
-or so is said to disagree."""
+_LEVEL = 0.995
+"""Of intervals that must hold no difference: two, and one more that all budgets share. Resamples of the few runs of a budget make
+them too narrow: docs/scaling.md has how often law and runs that agree are said to disagree."""
 _LEAST_EXPONENT = 0.01
 _LEAST_RATIO = 1.05
 """Differences below these are of no consequence, however certain."""

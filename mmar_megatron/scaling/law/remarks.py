@@ -87,7 +87,7 @@ def on_check(fit: LossFit) -> list[str]:
         if check.agrees
         else f"THEY DISAGREE{where}: along the budgets the losses do not have the law's shape, so do not trust its best sizes."
     )
-    said = [f"IsoFLOP parabolas of {budgets}: {found} (intervals of differences: 98 %). {verdict}"]
+    said = [f"IsoFLOP parabolas of {budgets}: {found} (intervals of differences: 99.5 %). {verdict}"]
     bias = (check.exponent_of_law or fit.a.value) - fit.a.value
     if abs(bias) > 0.02:
         said.append(
