@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ ON_FOUR = {f"TP2 zero {stage}": zero(stage, *TP2) for stage in range(4)} | {
     "TP2 SP zero 1": zero(1, *TP2, *SP),
     "TP2 SP zero 3": zero(3, *TP2, *SP),
 }
+IN_TROUBLE = {"native": [], **{f"zero {stage}": zero(stage) for stage in range(4)}, "zero 2 offload": zero(2, *OFFLOAD)}
 GOES_ON = {
     "on at 2": ("zero 2 begins", zero(2)),
     "on at 3": ("zero 2 begins", zero(3)),
@@ -78,13 +80,15 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
         "zero 3 bf16": {**few, "options": zero(3, *BF16)},
         "native untied": {**few, "options": UNTIED},
         "zero 3 untied": {**few, "options": zero(3, *UNTIED)},
+        **{f"{name} in trouble": {**few, "options": options, "trouble": True} for name, options in IN_TROUBLE.items()},
         "zero 2 begins": {"steps": HALF, "options": zero(2)},
         "zero 3 begins": {"steps": HALF, "options": zero(3)},
         **{name: {"steps": HALF, "options": options, "after": after} for name, (after, options) in GOES_ON.items()},
         "zero 2 bf16 begins": {"steps": HALF, "options": zero(2, *BF16)},
         "bf16 on at 2": {"steps": HALF, "options": zero(2, *BF16), "after": "zero 2 bf16 begins"},
     }
-    on_four = {name: {**whole, "options": options} for name, options in ON_FOUR.items()}
+    on_four: dict[str, dict[str, Any]] = {name: {**whole, "options": options} for name, options in ON_FOUR.items()}
+    on_four["TP2 on at 1"] = {"steps": HALF, "options": zero(1, *TP2), "after": "zero 3 begins"}
     on_one = {"one on at 1": {"steps": HALF, "options": zero(1), "after": "zero 3 begins"}}
     found: dict[str, dict[str, Any]] = {}
     for nproc, of_nproc in ((2, on_two), (4, on_four), (1, on_one)):
@@ -143,8 +147,18 @@ def test_memory_is_as_planned(stage: Any, suffix: str, runs: dict[str, dict[str,
     assert run["bytes"] == pytest.approx({"weights": planned.weights, "optimizer": planned.optimizer}, rel=2e-3)
 
 
-@pytest.mark.parametrize("name", [*GOES_ON, "one on at 1"])
-def test_it_goes_on_at_another_stage_and_number_of_ranks(name: str, runs: dict[str, dict[str, Any]]) -> None:
+@pytest.mark.parametrize("name", list(IN_TROUBLE)[1:])
+def test_bad_steps_leave_no_trace(name: str, runs: dict[str, dict[str, Any]]) -> None:
+    got, expected = runs[f"{name} in trouble"], runs["native in trouble"]
+    assert got["skipped"] == expected["skipped"] == [False, True, False, True, False]
+    for row in (0, 1, 2, 4, 5):
+        assert_same([got["figures"][row]], [expected["figures"][row]], tolerance=1e-5)
+    assert math.isnan(got["figures"][3]["loss"])
+    assert got["figures"][3]["grad_norm"] == math.inf
+
+
+@pytest.mark.parametrize("name", [*GOES_ON, "one on at 1", "TP2 on at 1"])
+def test_it_goes_on_in_another_layout(name: str, runs: dict[str, dict[str, Any]]) -> None:
     assert_same(runs[name]["figures"], runs["native"]["figures"][HALF:], tolerance=1e-5)
 
 

@@ -2,13 +2,16 @@
 
 Arguments: data directory, directory for checkpoints, JSON {name: {"options": [...], "steps": n, "after": name, "paints": bool}}.
 The first trains from weights that are stirred; the others take the weights it began with, or go on "after" the last checkpoint of
-another. Each saves a checkpoint at its end. With "paints" it paints and reads then too.
+another. Each saves a checkpoint at its end. With "paints" it paints and reads then too; with "trouble" its steps are those of
+`train_in_trouble`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,8 @@ import torch
 
 from mmar_megatron import parallel
 from mmar_megatron.config import CheckpointConfig
-from mmar_megatron.engine.base import Engine
+from mmar_megatron.data.batch import Batch
+from mmar_megatron.engine.base import Engine, StepResult, finite
 from mmar_megatron.engine.deepspeed import DeepSpeedEngine
 from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.inference.images import paint
@@ -37,6 +41,18 @@ def save(engine: Engine, progress: Progress, *, run_dir: Path, groups: parallel.
     writer = CheckpointWriter(CheckpointConfig(), run_dir=run_dir, config_yaml="{}", groups=groups, say=print)
     writer.save(engine, progress=progress)
     writer.close()
+
+
+def train_in_trouble(engine: Engine, batches: Iterator[Batch], *, microbatches: int) -> list[StepResult]:
+    """Five steps, of which the second is judged bad, and the fourth is not finite in one microbatch of the first rank."""
+    results = []
+    for step in range(1, 6):
+        step_batches = list(islice(batches, microbatches))
+        if step == 4 and torch.distributed.get_rank() == 0:
+            step_batches[0].latents_MNC.fill_(math.nan)
+        verdict = (lambda _loss, _norm: "by decree") if step == 2 else finite
+        results.append(engine.train_step(step_batches, learning_rate=3e-3, judge=verdict))
+    return results
 
 
 def bytes_on_rank(engine: DeepSpeedEngine) -> dict[str, int]:
@@ -69,8 +85,12 @@ def main() -> None:
         batch = line.config.train
         microbatches = batch.global_batch_size // (batch.micro_batch_size * groups.data.size())
         batches = iter(loader)
-        results = train(engine, batches, steps=run["steps"], microbatches=microbatches, lr=run.get("lr", 3e-3))
+        if run.get("trouble"):
+            results = train_in_trouble(engine, batches, microbatches=microbatches)
+        else:
+            results = train(engine, batches, steps=run["steps"], microbatches=microbatches, lr=run.get("lr", 3e-3))
         made: dict[str, Any] = {"figures": [means(result) for result in results]}
+        made["skipped"] = [result.skipped is not None for result in results]
         save(
             engine,
             Progress(step=progress.step + run["steps"], stream=loader.state),
