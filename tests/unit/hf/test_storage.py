@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -198,6 +199,16 @@ def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: 
             (partial / name).write_text(name)
     assert set(steps[:4]) == {"a", "vae", "b", partial.name}
     assert steps[4:] == ["-> out", tmp_path.name]
+
+
+def test_a_part_that_is_not_there_is_missed(saved: Saved) -> None:
+    """Else it would be whatever the memory held."""
+    reader, key = CheckpointReader(saved.path), "embedding.word_embeddings.weight"
+    stored = reader._stored[key]
+    (chunk,) = stored.chunks
+    stored.chunks = [replace(chunk, sizes=torch.Size((chunk.sizes[0] - 1, *chunk.sizes[1:])))]
+    with pytest.raises(ValueError, match=r"lacks a part of embedding.word_embeddings.weight: give another one"):
+        reader.read(key)
 
 
 def test_of_a_larger_tensor_only_the_part_is_written(tmp_path: Path) -> None:
