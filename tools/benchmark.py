@@ -6,14 +6,17 @@
     python tools/benchmark.py index --samples 10000000 --config my.yaml
     python tools/benchmark.py export --shard_gb 5 --config my.yaml
     python tools/benchmark.py sampler --images 4 --mar_rounds 32 --config my.yaml
+    python tools/benchmark.py quality --model runs/mine --images 256 --out runs/quality --config my.yaml
 
 `step` trains two engines that differ in the options of the variant, one step of each in turn, on the same microbatches. `save`
 writes checkpoints in the foreground and in the background in turn, and tells for how long training waits. `loader` reads the same
 tars in their order by webdataset and in random order by this program, makes whole microbatches of them, and trains on one, in
 turn. `index` opens the index of a data set that is not there, and plans. `export` makes a Hugging Face model of a checkpoint of
 random weights, and a checkpoint of that, and tells what memory this takes. `sampler` paints, and paints the plain way, which
-runs over prompt and image anew in each round. All other options are those of pretrain_mmar.py.
-Prints one JSON object: medians over the rounds, and the quartiles of ratios.
+runs over prompt and image anew in each round. `quality` paints captions of held-out pictures in several numbers of steps of the
+head by several samplers, and tells how far from true pictures they are (by features of EfficientNet-Lite0, so that it is no FID);
+stopped, it goes on. All other options are those of pretrain_mmar.py; for `quality` they name the data.
+Prints one JSON object: medians over the rounds, and the quartiles of ratios; `quality` writes tables and curves too.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -31,9 +34,12 @@ from mmar_megatron import parallel, platform
 from mmar_megatron.benchmarks.exporting import measure_export
 from mmar_megatron.benchmarks.indexing import measure_index
 from mmar_megatron.benchmarks.loading import compare_loaders
+from mmar_megatron.benchmarks.quality import QualityPlan
+from mmar_megatron.benchmarks.quality_report import measure_quality
 from mmar_megatron.benchmarks.sampling import compare_sampling
 from mmar_megatron.benchmarks.training import compare_saves, compare_steps
 from mmar_megatron.diffusion.painting import ImageSampling
+from mmar_megatron.diffusion.sampler import SamplerKind
 
 
 def main(argv: list[str]) -> None:
@@ -53,6 +59,22 @@ def _sampler(args: argparse.Namespace, options: list[str]) -> dict[str, Any]:
         rounds=args.mar_rounds, steps=args.steps, guidance_scale=args.guidance_scale, refresh_every=args.refresh_every
     )
     return compare_sampling(options, images=args.images, sampling=sampling, rounds=args.rounds)
+
+
+def _quality(args: argparse.Namespace, options: list[str]) -> dict[str, Any]:
+    plan = QualityPlan(
+        models=tuple(args.model),
+        steps=tuple(args.steps),
+        samplers=tuple(args.samplers),
+        images=args.images,
+        rounds=args.mar_rounds,
+        guidance_scale=args.guidance_scale,
+        batch_size=args.batch_size,
+        path_steps=args.path_steps,
+        path_images=min(args.path_images, args.images),
+        seed=args.seed,
+    )
+    return measure_quality(options, plan=plan, out=args.out)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -89,10 +111,31 @@ def build_parser() -> argparse.ArgumentParser:
     sampler.add_argument("--guidance_scale", type=float, default=2.0, help="1: none (default 2)")
     sampler.add_argument("--refresh_every", type=int, default=8, help="of the mode that re-uses keys and values; 1: leave it out")
     sampler.set_defaults(run=_sampler)
+    _add_quality(kinds)
     for kind, rounds in ((sampler, 10), (step, 20), (save, 20), (loader, 20), (index, 100)):
         of = "windows that are planned" if kind is index else "of which medians are taken"
         kind.add_argument("--rounds", type=int, default=rounds, help=f"{of} (default {rounds})")
     return parser
+
+
+def _add_quality(kinds: Any) -> None:
+    quality = kinds.add_parser("quality", help="what steps of the head and samplers are worth, on pictures of a trained model")
+    quality.add_argument("--model", required=True, action="append", help="a run, a checkpoint or an export; also several times")
+    quality.add_argument("--out", required=True, type=Path, help="directory of tables, curves, and what goes on after a stop")
+    quality.add_argument("--steps", type=int, nargs="+", default=[10, 25, 50, 100], help="of the head (default 10 25 50 100)")
+    quality.add_argument(
+        "--samplers", nargs="+", choices=get_args(SamplerKind), default=get_args(SamplerKind), help="(default: all)"
+    )
+    quality.add_argument(
+        "--images", type=int, default=256, help="painted each way; as many others are the reference (default 256)"
+    )
+    quality.add_argument("--mar_rounds", type=int, default=16, help="of each painting (default 16)")
+    quality.add_argument("--guidance_scale", type=float, default=2.0, help="1: none (default 2)")
+    quality.add_argument("--batch_size", type=int, default=64, help="pictures painted together (default 64)")
+    quality.add_argument("--path_steps", type=int, default=400, help="of the path that ddim follows (default 400; 0: leave out)")
+    quality.add_argument("--path_images", type=int, default=32, help="pictures painted along it (default 32)")
+    quality.add_argument("--seed", type=int, default=0, help="of the choice of pictures, order and noise (default 0)")
+    quality.set_defaults(run=_quality, rounds=1)
 
 
 if __name__ == "__main__":

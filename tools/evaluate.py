@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from mmar_megatron import parallel, platform
@@ -97,18 +96,10 @@ def _paint(
         options.run_dir / "samples.png",
         captions=captions[:SHEET_IMAGES],
         painted_BHW3=painted_BHW3[:SHEET_IMAGES],
-        true_BHW3=[_picture(sample, source) for sample in samples[:SHEET_IMAGES]],
+        true_BHW3=[source.picture(sample) for sample in samples[:SHEET_IMAGES]],
         title=title,
     )
     return scores
-
-
-def _picture(sample: Sample, source: DataSource) -> NDArray[np.uint8]:
-    """Its pixels, or what the auto-encoder makes of its latents where these alone are stored."""
-    moments_I2NC = sample.moments_I2NC
-    if sample.num_pictures or moments_I2NC is None:
-        return sample.image_HW3
-    return source.codec.decode(moments_I2NC[0, 0].astype(np.float32))
 
 
 def _one_process(config_yaml: Path) -> Config:

@@ -166,6 +166,13 @@ class DataSource:
         """All captions of a sample in the configured languages."""
         return [text for language in self.config.languages for text in sample.captions.get(language, [])]
 
+    def picture(self, sample: Sample) -> NDArray[np.uint8]:
+        """A sample's first picture [H, W, 3], or what the codec makes of its latents where these alone are stored."""
+        moments_I2NC = sample.moments_I2NC
+        if sample.num_pictures or moments_I2NC is None:
+            return sample.image_HW3
+        return self.codec.decode(moments_I2NC[0, 0].astype(np.float32))
+
     def name_of(self, sample_id: int) -> str:
         """Tells a sample in a report: its source and its number there."""
         opened = next(o for o in reversed(self.sets) if o.first_id <= sample_id)

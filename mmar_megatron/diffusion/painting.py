@@ -48,7 +48,7 @@ class ImageSampling:
     """`linear`: it grows with the share of the image that is drawn, up to `guidance_scale` in the last round, as MAR has it."""
     order: Order = "random"
     """In which tokens are drawn. `raster`: row by row; `confidence`: in each round those of which the head is surest."""
-    sampler: SamplerKind = "ddim"
+    sampler: SamplerKind = "dpm_solver++"
     temperature: float = 1.0
     refresh_every: int = 1
     """Rounds after which the backbone runs over the whole image again. In the others it runs over the tokens that changed and

@@ -86,8 +86,8 @@ class MMARConfig(PretrainedConfig):
             "schedule": "cosine",
             "parameterization": "v",
             "num_timesteps": 1000,
-            "sampling_steps": 100,
-            "sampler": "ddim",
+            "sampling_steps": 25,
+            "sampler": "dpm_solver++",
         } | (diffusion or {})
         self.image: dict[str, Any] = {"grid_height": 16, "grid_width": 16, "channels": 16} | (image or {})
         self.mask_ratio: dict[str, Any] = {"distribution": "truncated_normal", "mean": 1.0, "std": 0.25, "minimum": 0.7} | (

@@ -171,3 +171,13 @@ def test_texts_need_no_latents(config: DataConfig, tmp_path: Path) -> None:
     alone = replace(config, path=str(notes), tokenizer=config.path)
     with pytest.raises(ValueError, match=r"no pictures to align: set model.alignment_loss_weight to 0"):
         DataSource(alone, teacher=True)
+
+
+def test_a_picture_of_which_latents_alone_are_stored(config: DataConfig) -> None:
+    source = DataSource(config)
+    sample = source.reader("train").read(3)
+    assert sample.num_pictures == 0
+    moments_I2NC = sample.moments_I2NC
+    assert moments_I2NC is not None
+    expected_HW3 = source.codec.decode(moments_I2NC[0, 0].astype(np.float32))
+    np.testing.assert_array_equal(source.picture(sample), expected_HW3)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 from itertools import islice, repeat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mmar_megatron.benchmarks.exporting import measure_export
 from mmar_megatron.benchmarks.indexing import locality, measure_index
 from mmar_megatron.benchmarks.loading import Reading, at_random, in_order
+from mmar_megatron.benchmarks.quality import QualityPlan
 from mmar_megatron.benchmarks.timing import WARM_UP, in_turn, ratio
 from mmar_megatron.config import DataConfig, parse_command_line
 from mmar_megatron.data.source import DataSource
 from tests.distributed.common import MODEL
 from tests.distributed.launch import run_group
+from tools import benchmark
 
 
 def test_actions_take_turns_and_are_all_timed() -> None:
@@ -109,3 +112,18 @@ def test_index_of_samples_that_are_not_there() -> None:
     found = measure_index([*MODEL, "--data.sequence_length", "256"], samples=20_000, windows=3)
     assert found["samples"] == 20_000
     assert min(found[name] for name in ("open_s", "first_window_s", "last_window_s", "window_s")) > 0
+
+
+def test_quality_of_a_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(
+        benchmark, "measure_quality", lambda options, **rest: asked.update(options=options, **rest) or {"rows": []}
+    )
+    line = ["quality", "--model", "a", "--model", "b", "--out", str(tmp_path), "--steps", "50", "5", "--samplers", "ddim"]
+    benchmark.main([*line, "--images", "32", "--mar_rounds", "4", "--path_images", "64", "--data.path", "d"])
+    assert asked["options"] == ["--data.path", "d"]
+    assert asked["out"] == tmp_path
+    assert asked["plan"] == QualityPlan(models=("a", "b"), steps=(5, 50), samplers=("ddim",), images=32, rounds=4, path_images=32)
+    assert json.loads(capsys.readouterr().out)["rows"] == []
+    with pytest.raises(SystemExit, match="error: --images is 3: give 32 or more"):
+        benchmark.main([*line, "--images", "3"])
