@@ -47,8 +47,10 @@ def main(argv: list[str]) -> None:
         with Watchdog(hang_timeout_s=hang_timeout_s, groups=groups) as watchdog:
             with user_errors():
                 trainer = build(command, groups=groups, watchdog=watchdog)
-            trainer.fit()
-        trainer.engine.close()
+            try:
+                trainer.fit()
+            finally:
+                trainer.engine.close()
     except (UserError, BadDataError, SaveError, TooManyBadSteps, RanksLost, OSError) as error:
         sys.exit(f"error: {error}")
     parallel.leave()

@@ -338,6 +338,8 @@ class DeepSpeedConfig:
     """Keep the optimizer's state in host memory, and update there."""
     offload_parameters: bool = False
     """Of stage 3, keep the parameters in host memory too."""
+    zero_options: dict[str, Any] = field(default_factory=dict)
+    """Further entries of DeepSpeed's `zero_optimization` by their own names, such as bucket sizes."""
 
 
 @dataclass(kw_only=True)

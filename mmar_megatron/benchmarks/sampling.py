@@ -33,6 +33,8 @@ def compare_sampling(options: Sequence[str], *, images: int, sampling: ImageSamp
     """
     config, source, groups = prepare(parse_command_line(options).config)
     engine = build_engine(config, source=source, groups=groups)
+    if config.engine != "native":
+        raise ValueError(f"painting is measured on the engine native, not {config.engine}: leave out --engine")
     assert engine.last_stage is not None
     with torch.no_grad():
         for parameter in engine.last_stage.parameters():

@@ -201,10 +201,7 @@ def paint_tokens(
                 noise=noise(_counts(chosen_BN)),
                 guidance_scale_K1=_guidance(sampling, drawn_share_B)[row_K, None] if sampling.guided else None,
             )
-            if not bool(drawn_KC.isfinite().all()):
-                raise FloatingPointError(
-                    "The image tokens just drawn are not finite: the weights or the guidance scale are unfit."
-                )
+            _check_finite(drawn_KC)
             latents_BNC[row_K, place_K] = drawn_KC
         if progress is not None:
             progress(number, sampling.rounds, latents_BNC, plan_BN > number)
@@ -239,10 +236,17 @@ def _surest_first(painter: Painter, plan_BN: Tensor, *, masked_BN: Tensor, noise
     """The same number of tokens in each round to come, but those first of which the head is surest."""
     row_K, place_K = masked_BN.nonzero(as_tuple=True)
     spread_BN = torch.full(masked_BN.shape, math.inf, device=masked_BN.device)
-    spread_BN[row_K, place_K] = painter.spread(row_K, place_K, noise=noise)
+    spread_K = painter.spread(row_K, place_K, noise=noise)
+    _check_finite(spread_K)
+    spread_BN[row_K, place_K] = spread_K
     surest_BN = spread_BN.argsort(dim=1, stable=True)
     to_come_BN = torch.where(masked_BN, plan_BN, torch.iinfo(plan_BN.dtype).max).sort(dim=1).values
     return torch.where(masked_BN, plan_BN.scatter(1, surest_BN, to_come_BN), plan_BN)
+
+
+def _check_finite(drawn: Tensor) -> None:
+    if not bool(drawn.isfinite().all()):
+        raise FloatingPointError("The image tokens just drawn are not finite: the weights or the guidance scale are unfit.")
 
 
 def _counts(chosen_BN: Tensor) -> list[int]:

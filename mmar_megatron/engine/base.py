@@ -62,7 +62,8 @@ class StepResult(LossResult):
     """Why no weight was touched; None where all was well."""
     work_s: float
     """Seconds of this rank's forward and backward passes, up to where gradients are reduced over the data-parallel ranks. The
-    ranks of one replica wait for each other within, so theirs are about alike."""
+    ranks of one replica wait for each other within, so theirs are about alike. Under ZeRO up to the last backward pass: from
+    stage 2 on those before it reduce too, and ranks wait there."""
 
 
 Judge = Callable[[float, float], str | None]
@@ -87,8 +88,8 @@ class Engine(Protocol):
         A step for which `judge` has a reason leaves weights and optimizer as they were, on all ranks.
         """
 
-    def parameters_and_gradients(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Of this rank: name, weights, and what the last step left in the gradient buffer, for reports."""
+    def parameters_and_gradients(self) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        """Of this rank: name, weights, and what the last step left in the gradient buffer, if it is kept, for reports."""
 
     def evaluate(self, microbatches: Sequence[Batch]) -> LossResult:
         """Loss sums without learning."""

@@ -13,10 +13,9 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -28,7 +27,8 @@ from mmar_megatron.data.batch import Batch
 from mmar_megatron.engine.base import Judge, LossResult, StepResult, finite
 from mmar_megatron.engine.losses import global_counts, reduced, weighted
 from mmar_megatron.engine.optimizer import decays
-from mmar_megatron.engine.sharding import OPTIMIZER_PREFIX, under_prefix
+from mmar_megatron.engine.sharding import AVERAGE_PREFIX, OPTIMIZER_PREFIX, under_prefix
+from mmar_megatron.engine.zero import Layout, Verdict, VetoedAdamW
 from mmar_megatron.model.key_values import KeyValueCache
 from mmar_megatron.model.mmar_model import MMARModel
 from mmar_megatron.parallel import ParallelGroups
@@ -37,8 +37,11 @@ _MASTER = "fp32"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+@cache
 def _deepspeed() -> Any:
     """The library, quiet, and without what it would compile on a CPU for minutes."""
+    if not platform.launched():
+        os.environ.setdefault("LOCAL_RANK", "0")  # which it asserts, of one process too
     if not platform.HAS_CUDA:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it says so in each process
     with warnings.catch_warnings():
@@ -49,55 +52,6 @@ def _deepspeed() -> Any:
         # It compiles its collectives for a CPU, which takes a minute, and prints that it did.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-class _Layout:
-    """Which ranks share what, in the words that DeepSpeed asks Megatron's `mpu` in; there is no pipeline."""
-
-    def __init__(self, groups: ParallelGroups) -> None:
-        self._groups = groups
-
-    def get_model_parallel_rank(self) -> int:
-        """Of tensor parallelism."""
-        return self._groups.tensor.rank()
-
-    def get_model_parallel_world_size(self) -> int:
-        """Of tensor parallelism."""
-        return self._groups.tensor.size()
-
-    def get_model_parallel_group(self) -> Any:
-        """Of tensor parallelism."""
-        return self._groups.tensor
-
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_group = get_model_parallel_group
-
-    def get_data_parallel_rank(self) -> int:
-        """Of data parallelism."""
-        return self._groups.data.rank()
-
-    def get_data_parallel_world_size(self) -> int:
-        """Of data parallelism."""
-        return self._groups.data.size()
-
-    def get_data_parallel_group(self) -> Any:
-        """Of data parallelism."""
-        return self._groups.data
-
-    def get_data_parallel_group_ranks(self) -> list[int]:
-        """Of data parallelism."""
-        return torch.distributed.get_process_group_ranks(self._groups.data)
-
-
-class _AdamW(torch.optim.AdamW):
-    """Takes a step only where it may; DeepSpeed calls it once for each of its groups."""
-
-    may_step: Callable[[], bool]
-
-    def step(self, closure: Any = None) -> Any:
-        """See torch."""
-        return super().step(closure) if self.may_step() else None
 
 
 class DeepSpeedEngine:
@@ -120,7 +74,7 @@ class DeepSpeedEngine:
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._sum_over_tensor_parallel_ranks()
         optimizer = config.optimizer
-        self.optimizer = _AdamW(
+        self.optimizer = VetoedAdamW(
             [
                 {"params": [p for p in self._names if decays(self._names[p], p) is with_decay], "weight_decay": decay}
                 for with_decay, decay in ((True, optimizer.weight_decay), (False, 0.0))
@@ -137,7 +91,7 @@ class DeepSpeedEngine:
         self.engine, *_ = library.initialize(
             model=model,
             optimizer=self.optimizer,
-            mpu=_Layout(groups),
+            mpu=Layout(groups),
             dist_init_required=False,
             config=self._settings(config),
         )
@@ -145,7 +99,7 @@ class DeepSpeedEngine:
 
     def _settings(self, config: Config) -> dict[str, Any]:
         deepspeed = config.deepspeed
-        zero: dict[str, Any] = {"stage": self.stage}
+        zero: dict[str, Any] = {"stage": self.stage, **deepspeed.zero_options}
         if deepspeed.offload_optimizer:
             zero["offload_optimizer"] = {"device": "cpu"}
         if deepspeed.offload_parameters:
@@ -156,6 +110,7 @@ class DeepSpeedEngine:
             "gradient_clipping": self.clip_grad if self.stage else 0.0,  # of stage 0 it would keep the norm to itself
             "bf16": {"enabled": config.precision.dtype == "bf16"},
             "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",  # or gradients of bf16 weights are reduced in bf16
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,  # it would compile one
@@ -166,8 +121,10 @@ class DeepSpeedEngine:
         """Gradients of modules that see different rows on each tensor-parallel rank are parts: summed as they come."""
         if self.groups.tensor.size() == 1:
             return
-        for parameter in self._names:
-            if getattr(parameter, "sum_gradients_across_tp_domain", False) or getattr(parameter, "sequence_parallel", False):
+        for parameter, name in self._names.items():
+            of_heads = "q_layernorm" in name or "k_layernorm" in name  # each rank normalises its own heads
+            marks = (getattr(parameter, mark, False) for mark in ("sum_gradients_across_tp_domain", "sequence_parallel"))
+            if of_heads or any(marks):
                 parameter.register_hook(self._summed)
 
     def _summed(self, gradient: Tensor) -> Tensor:
@@ -190,16 +147,17 @@ class DeepSpeedEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         work, flattened = platform.mark(), []
-        verdict = _Verdict()
+        verdict = Verdict()
         self.optimizer.may_step = partial(self._may_step, verdict, judge)
         # DeepSpeed divides by the numbers of microbatches and of data-parallel ranks; losses are divided by the counts already.
         times = self.microbatches * self.groups.data.size()
         for number, batch in enumerate(batches, start=1):
             sums = self.engine(batch)
+            if number == len(batches):
+                reduction = platform.mark()
             self.engine.backward(weighted(sums, counts, settings=self.settings) * times)
             flattened.append(sums.flatten())
             if number == len(batches):
-                work_s = platform.seconds_between(work, platform.mark())
                 total = reduced(flattened, groups=self.groups)
                 verdict.loss = float(weighted(total, counts, settings=self.settings))
             self.engine.step()
@@ -211,38 +169,41 @@ class DeepSpeedEngine:
             loss=verdict.loss,
             grad_norm=verdict.grad_norm,
             skipped=verdict.reason,
-            work_s=work_s,
+            work_s=platform.seconds_between(work, reduction),
         )
 
-    def _may_step(self, verdict: _Verdict, judge: Judge) -> bool:
+    def _may_step(self, verdict: Verdict, judge: Judge) -> bool:
         """Asked by the optimizer when gradients are reduced and, but in stage 0, clipped; once for each of DeepSpeed's groups."""
         if verdict.grad_norm is None:
-            norm = self._clipped_norm() if self.stage == 0 else float(self.engine.optimizer._global_grad_norm)
+            norm = self._norm() if self.stage == 0 else float(self.engine.optimizer._global_grad_norm)
             # Ranks that judge differently part for ever, and one may have added the norm up in another order.
             shared = torch.tensor([norm if norm >= 0 else math.inf], dtype=torch.float64, device=platform.device())
             torch.distributed.broadcast(shared, src=0)
             verdict.grad_norm = float(shared)
             verdict.reason = judge(verdict.loss, verdict.grad_norm)
+            if self.stage == 0 and verdict.reason is None:
+                self._clip(verdict.grad_norm)
         return verdict.reason is None
 
-    def _clipped_norm(self) -> float:
+    def _norm(self) -> float:
         """Of whole gradients, in which those of tensor-parallel parameters are this rank's part, and others are alike there."""
         parts = torch.zeros(2, dtype=torch.float64, device=platform.device())
-        gradients = [parameter.grad for parameter in self._names if parameter.grad is not None]
         for parameter in self._names:
             if parameter.grad is not None:
                 parts[int(getattr(parameter, "tensor_model_parallel", False))] += parameter.grad.double().square().sum()
         torch.distributed.all_reduce(parts[1:], group=self.groups.tensor)
-        norm = float(parts.sum().sqrt())
-        if self.clip_grad > 0 and norm > self.clip_grad:
-            torch._foreach_mul_(gradients, self.clip_grad / (norm + 1e-6))
-        return norm
+        return float(parts.sum().sqrt())
 
-    def parameters_and_gradients(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Of this rank: name, weights (of stage 3 this rank's part of them), and zeros: DeepSpeed lets go of gradients."""
+    def _clip(self, norm: float) -> None:
+        if 0 < self.clip_grad < norm:
+            gradients = [parameter.grad for parameter in self._names if parameter.grad is not None]
+            torch._foreach_mul_(gradients, self.clip_grad / (norm + 1e-6))
+
+    def parameters_and_gradients(self) -> Iterator[tuple[str, Tensor, None]]:
+        """Of this rank: name, and weights (of stage 3 its part of them); DeepSpeed lets go of gradients."""
         for parameter, name in self._names.items():
             weights = parameter.ds_tensor if self.stage == 3 else parameter.detach()
-            yield name, weights, torch.zeros_like(weights)
+            yield f"model0.{name}", weights, None
 
     # --- not learning -----------------------------------------------------------------------------------------------------------
 
@@ -271,27 +232,25 @@ class DeepSpeedEngine:
     # --- state ------------------------------------------------------------------------------------------------------------------
 
     def model_sharded_state_dict(self, *, average: bool = False) -> dict[str, Any]:
-        """The weights as the native engine's, to be read into; of stage 3 into copies on the host."""
-        assert not average
-        with self._whole_parameters():
-            state = self.model.sharded_state_dict()
+        """The weights as the native engine's, or places for their average, to be read into; of stage 3 copies on the host."""
+        with self._whole_shapes():
+            state, copies = self.model.sharded_state_dict(), None
             if self.stage == 3:
-                copies = {parameter: parameter.detach().to("cpu", copy=True) for parameter in self._names}
-                state = under_prefix(state, prefix="", tensors=copies)
-            return {"model0": state}
+                copies = {parameter: self._weights(parameter).to("cpu", copy=True) for parameter in self._names}
+            return {"model0": under_prefix(state, prefix=AVERAGE_PREFIX if average else "", tensors=copies)}
 
     def sharded_state_dict(self, *, is_loading: bool = False, average: bool = True) -> dict[str, Any]:
         """Weights, and the optimizer's fp32 copies and moments under names of their own."""
-        with self._whole_parameters():
+        with self._whole_shapes():
             of_model = self.model.sharded_state_dict()
             kinds: dict[str, dict[nn.Parameter, Tensor]] = {
                 kind: self._room() if is_loading else self._gathered(kind) for kind in (_MASTER, *_MOMENTS)
             }
-            weights = self._room() if is_loading else {p: self._kept(p.detach()) for p in self._names}
+            weights = self._room() if is_loading else {p: self._kept(self._weights(p)) for p in self._names}
             weights = {parameter: tensor.to(parameter.dtype) for parameter, tensor in weights.items()}
-        state = {"model0": under_prefix(of_model, prefix="", tensors=weights)}
-        for kind, tensors in kinds.items():
-            state[kind] = under_prefix(of_model, prefix=f"{OPTIMIZER_PREFIX}{kind}.", tensors=tensors)
+            state = {"model0": under_prefix(of_model, prefix="", tensors=weights)}
+            for kind, tensors in kinds.items():
+                state[kind] = under_prefix(of_model, prefix=f"{OPTIMIZER_PREFIX}{kind}.", tensors=tensors)
         return {**state, "optimizer_steps": self._steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -305,7 +264,7 @@ class DeepSpeedEngine:
     def load_weights(self, state: dict[str, Any]) -> None:
         """What there is of the model; the optimizer starts anew."""
         for parameter, value in self._of_parameters(state["model0"]):
-            with self._whole_parameters([parameter]):
+            with self._whole(parameter):
                 parameter.data.copy_(value)
             self._set(parameter, _MASTER, value.float())
         self._restart_moments()
@@ -316,8 +275,8 @@ class DeepSpeedEngine:
                 yield parameter, value.to(platform.device())
 
     def _room(self) -> dict[nn.Parameter, Tensor]:
-        """Zeros on the host, to be filled; within `_whole_parameters`."""
-        return {parameter: torch.zeros(parameter.shape, dtype=torch.float32, device="cpu") for parameter in self._names}
+        """Zeros on the host, to be filled."""
+        return {p: torch.zeros(self._shape(p), dtype=torch.float32, device="cpu") for p in self._names}
 
     def _gathered(self, kind: str) -> dict[nn.Parameter, Tensor]:
         """The fp32 copy or a moment of each parameter, whole, on the host. All data-parallel ranks call it together."""
@@ -329,16 +288,36 @@ class DeepSpeedEngine:
             return whole.to("cpu", copy=True)
         return torch.zeros((), dtype=whole.dtype, device="cpu").expand(whole.shape)
 
+    def _shape(self, parameter: nn.Parameter) -> torch.Size:
+        return parameter.ds_shape if self.stage == 3 else parameter.shape  # type: ignore[attr-defined]
+
+    def _weights(self, parameter: nn.Parameter) -> Tensor:
+        """Whole, in the precision of the forward pass; all data-parallel ranks ask together."""
+        with self._whole(parameter):
+            return parameter.detach().clone() if self.stage == 3 else parameter.detach()
+
     @contextmanager
-    def _whole_parameters(self, parameters: Sequence[nn.Parameter] | None = None) -> Iterator[None]:
-        """Parameters of stage 3 are gathered within, and what is written into them goes to all ranks."""
-        with ExitStack() as stack:
-            if self.stage == 3:
-                some = list(self._names) if parameters is None else list(parameters)
-                first = self.groups.data
-                source = None if parameters is None else torch.distributed.get_global_rank(first, 0)
-                stack.enter_context(_deepspeed().zero.GatheredParameters(some, modifier_rank=source))
+    def _whole(self, parameter: nn.Parameter) -> Iterator[None]:
+        """A parameter of stage 3 is gathered within, and what the first rank writes into it goes to all."""
+        if self.stage < 3:
             yield
+        else:
+            with _deepspeed().zero.GatheredParameters([parameter], modifier_rank=0):
+                yield
+
+    @contextmanager
+    def _whole_shapes(self) -> Iterator[None]:
+        """Parameters of stage 3 have their whole shape within, and no memory: what is asked for is their place in the model."""
+        parts = {}
+        for parameter in self._names:
+            if self.stage == 3 and parameter.shape != self._shape(parameter):
+                parts[parameter] = parameter.data
+                parameter.data = parameter.data.new_zeros(1).expand(self._shape(parameter))
+        try:
+            yield
+        finally:
+            for parameter, part in parts.items():
+                parameter.data = part
 
     # Of stage 0 the optimizer has the parameters themselves; else flat parts of fp32 copies, which DeepSpeed's functions find.
 
@@ -400,14 +379,3 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """Let go of what DeepSpeed holds: without it a process of stage 3 may abort when it ends."""
         self.engine.destroy()
-
-
-@dataclass(kw_only=True)
-class _Verdict:
-    """On the step under way."""
-
-    loss: float = math.nan
-    grad_norm: float | None = None
-    """Before clipping; none until it is known."""
-    reason: str | None = None
-    """Why the step is not taken."""

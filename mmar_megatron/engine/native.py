@@ -169,7 +169,7 @@ class NativeEngine:
         if self.average is not None:
             self.average.update()
 
-    def parameters_and_gradients(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def parameters_and_gradients(self) -> Iterator[tuple[str, Tensor, Tensor | None]]:
         """Of this rank: name, weights, and what the last step left in the gradient buffer.
 
         The buffer is reduced where this rank's share of the optimizer needs it; the rest is still this rank's own contribution.

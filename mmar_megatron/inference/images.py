@@ -42,8 +42,8 @@ def paint(
 ) -> NDArray[np.uint8]:
     """Draw one image for each caption. All ranks of a model replica call it together; call within `engine.evaluating()`.
 
-    Order of positions and noise follow from (seed, number of the image, round) alone, so neither the batch nor the layout changes
-    an image.
+    Noise follows from (seed, number of the image, round) alone, so neither the batch nor the layout changes an image, but for
+    roundings.
 
     Args:
         captions: too long ones lose their end, as in training.

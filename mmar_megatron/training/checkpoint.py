@@ -225,7 +225,7 @@ def load(engine: Engine, path: Path, *, groups: ParallelGroups) -> Progress:
         raise ValueError(
             f"The checkpoint {path} holds weights alone, which no run can continue: give it as checkpoint.init_from."
         )
-    if (written_by := facts["engine"]) != engine.name:
+    if (written_by := facts.get("engine", "native")) != engine.name:
         raise ValueError(
             f"The checkpoint {path} has the optimizer's state of the engine {written_by}: continue with --engine {written_by}, "
             "or start from its weights by checkpoint.init_from."

@@ -91,15 +91,22 @@ def sample_ids(microbatches: Sequence[Batch], *, groups: ParallelGroups) -> list
 
 
 def _health(engine: Engine) -> dict[str, Any]:
-    """Which parameters of this rank are not finite, or their gradients, and the norms of the largest gradients that are."""
+    """Which parameters of this rank are not finite, or their gradients, and the norms of the largest gradients that are.
+
+    Where the engine keeps no gradients, nothing is said of them.
+    """
     bad_weights, bad_gradients, norms = [], [], {}
     for name, weights, gradient in engine.parameters_and_gradients():
         if not weights.isfinite().all():
             bad_weights.append(name)
+        if gradient is None:
+            continue
         if gradient.isfinite().all():
             norms[name] = float(gradient.double().norm())
         else:
             bad_gradients.append(name)
+    if not norms and not bad_gradients:
+        return {"weights_not_finite": bad_weights}
     largest = {name: norms[name] for name in nlargest(_LARGEST, norms, key=norms.__getitem__)}
     return {"weights_not_finite": bad_weights, "gradients_not_finite": bad_gradients, "largest_gradient_norms": largest}
 

@@ -38,11 +38,15 @@ def zero(stage: int, *options: str) -> list[str]:
 
 
 OFFLOAD = ["--deepspeed.offload_optimizer", "true"]
+QK_NORM = ["--model.backbone.qk_layernorm", "true"]
+DIVIDED = ["--deepspeed.zero_options", json.dumps({"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0})]
+"""DeepSpeed keeps small parameters whole, as all of a small model's are."""
 LIKE_NATIVE = {f"zero {stage}": zero(stage) for stage in range(4)} | {
     "zero 2 offload": zero(2, *OFFLOAD),
     "zero 3 offload": zero(3, *OFFLOAD, "--deepspeed.offload_parameters", "true"),
     "zero 1 recompute": zero(1, *RECOMPUTE),
     "zero 3 recompute": zero(3, *RECOMPUTE),
+    "zero 3 divided": zero(3, *DIVIDED),
 }
 LIKE_LINEAR = {f"zero {stage} linear": zero(stage, *LINEAR) for stage in range(4)}
 ON_FOUR = {f"TP2 zero {stage}": zero(stage, *TP2) for stage in range(4)} | {
@@ -78,6 +82,10 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
         "native bf16": {**whole, "options": BF16},
         "zero 2 bf16": {**whole, "options": zero(2, *BF16)},
         "zero 3 bf16": {**few, "options": zero(3, *BF16)},
+        "native qk norm": {**few, "options": QK_NORM, "start": "with norms"},
+        "TP2 zero 2 qk norm": {**few, "options": zero(2, *TP2, *QK_NORM), "start": "with norms"},
+        "TP2 zero 3 begins": {"steps": HALF, "options": zero(3, *TP2)},
+        "TP2 on at 3": {"steps": HALF, "options": zero(3, *TP2), "after": "TP2 zero 3 begins"},
         "native untied": {**few, "options": UNTIED},
         "zero 3 untied": {**few, "options": zero(3, *UNTIED)},
         **{f"{name} in trouble": {**few, "options": options, "trouble": True} for name, options in IN_TROUBLE.items()},
@@ -111,6 +119,7 @@ REFERENCES = {
     "zero 2 bf16": "native bf16",
     "zero 3 bf16": "native bf16",
     "zero 3 untied": "native untied",
+    "TP2 zero 2 qk norm": "native qk norm",
 }
 
 
@@ -119,7 +128,13 @@ def test_it_trains_as_the_native_engine(name: str, runs: dict[str, dict[str, Any
     got, expected = runs[name]["figures"], runs[REFERENCES[name]]["figures"]
     if len(got) < len(expected):  # of fewer steps; the last row is of an evaluation
         got, expected = got[:-1], expected[: len(got) - 1]
-    assert_same(got, expected, tolerance=2e-2 if name.endswith("bf16") else 1e-5)
+    assert_same(got, expected, tolerance=1e-4 if name.endswith("bf16") else 1e-5)
+
+
+@pytest.mark.parametrize("name", [*ON_FOUR, "TP2 zero 2 qk norm", "TP2 on at 3"])
+def test_tensor_parallel_ranks_keep_the_same_copies(name: str, runs: dict[str, dict[str, Any]]) -> None:
+    """Of what each of them holds whole."""
+    assert runs[name]["apart"] == 0.0
 
 
 def test_gradients_were_clipped(runs: dict[str, dict[str, Any]]) -> None:
@@ -157,7 +172,7 @@ def test_bad_steps_leave_no_trace(name: str, runs: dict[str, dict[str, Any]]) ->
     assert got["figures"][3]["grad_norm"] == math.inf
 
 
-@pytest.mark.parametrize("name", [*GOES_ON, "one on at 1", "TP2 on at 1"])
+@pytest.mark.parametrize("name", [*GOES_ON, "one on at 1", "TP2 on at 1", "TP2 on at 3"])
 def test_it_goes_on_in_another_layout(name: str, runs: dict[str, dict[str, Any]]) -> None:
     assert_same(runs[name]["figures"], runs["native"]["figures"][HALF:], tolerance=1e-5)
 

@@ -1,9 +1,9 @@
 """One process of a group: trains with one engine after another, and prints the figures of each step.
 
 Arguments: data directory, directory for checkpoints, JSON {name: {"options": [...], "steps": n, "after": name, "paints": bool}}.
-The first trains from weights that are stirred; the others take the weights it began with, or go on "after" the last checkpoint of
-another. Each saves a checkpoint at its end. With "paints" it paints and reads then too; with "trouble" its steps are those of
-`train_in_trouble`.
+The first of a "start" trains from weights that are stirred; the others take the weights it began with, or go on "after" the last
+checkpoint of another. Each saves a checkpoint at its end. With "paints" it paints and reads then too; with "trouble" its steps are
+those of `train_in_trouble`.
 """
 
 from __future__ import annotations
@@ -66,6 +66,19 @@ def bytes_on_rank(engine: DeepSpeedEngine) -> dict[str, int]:
     return {name: sum(tensor.numel() * tensor.element_size() for tensor in tensors) for name, tensors in size.items()}
 
 
+def apart(engine: DeepSpeedEngine, *, groups: parallel.ParallelGroups) -> float:
+    """The largest difference between tensor-parallel ranks in what each of them holds whole."""
+    largest = 0.0
+    for parameter in engine.model.parameters():
+        if not getattr(parameter, "tensor_model_parallel", False):
+            own = engine._weights(parameter)
+            most, least = own.clone(), own.clone()
+            torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX, group=groups.tensor)
+            torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN, group=groups.tensor)
+            largest = max(largest, float((most - least).max()))
+    return largest
+
+
 def main() -> None:
     """Engine after engine in the same processes."""
     data, directory, runs = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
@@ -76,12 +89,12 @@ def main() -> None:
         if after := run.get("after"):
             progress = checkpoint.load(engine, checkpoint.resolve(directory / after), groups=groups)
             loader = build_loader(line.config, source=loader.source, groups=groups, state=progress.stream)
-        elif (directory / START).exists():
-            checkpoint.load_weights(engine, checkpoint.directory(directory / START, step=0))
+        elif (start := directory / run.get("start", START)).exists():
+            checkpoint.load_weights(engine, checkpoint.directory(start, step=0))
         else:
             assert isinstance(engine, NativeEngine)
             stir(engine)
-            save(engine, progress, run_dir=directory / START, groups=groups)
+            save(engine, progress, run_dir=start, groups=groups)
         batch = line.config.train
         microbatches = batch.global_batch_size // (batch.micro_batch_size * groups.data.size())
         batches = iter(loader)
@@ -106,6 +119,7 @@ def main() -> None:
         if isinstance(engine, DeepSpeedEngine):
             made["parameters"] = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
             made["bytes"] = bytes_on_rank(engine)
+            made["apart"] = apart(engine, groups=groups)
         if torch.distributed.get_rank() == 0:
             print(json.dumps({name: made}), flush=True)
         engine.close()

@@ -80,7 +80,10 @@ def test_a_run_from_launcher_to_export(tmp_path: Path, capsys: pytest.CaptureFix
     assert [row["step"] for row in read_metrics(run_dir)] == [1, 2, 3, 4]
     assert all("val_loss_image" in row for row in read_metrics(run_dir)[1::2])
 
-    refused = alone(*options, "--train.steps", "5")
+    by_itself = alone(*options, *ours, "--train.steps", "5")  # without a launcher
+    assert by_itself.returncode == 0, by_itself.stderr
+    assert f"{run_dir} stands at step 5" in by_itself.stdout
+    refused = alone(*options, "--train.steps", "6")
     assert refused.returncode == 1
     assert "has the optimizer's state of the engine deepspeed: continue with --engine deepspeed, or" in refused.stderr
     taken = alone(*options, "--train.steps", "1", "--checkpoint.init_from", str(run_dir), "--run_dir", str(tmp_path / "native"))

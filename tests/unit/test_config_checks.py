@@ -18,7 +18,33 @@ def one_parser() -> Iterator[None]:
         yield
 
 
+ZERO = "--engine=deepspeed"
 REFUSED: dict[str, tuple[list[str], str]] = {
+    "ZeRO and a pipeline": ([ZERO, *PP2], r"engine deepspeed has no pipeline: set parallel\.pipeline_model_parallel_size 1"),
+    "ZeRO and megatron-core's overlap": (
+        [ZERO, "--parallel.overlap_grad_reduce=true"],
+        r"parallel\.overlap_grad_reduce is megatron-core's: leave it out with engine deepspeed",
+    ),
+    "ZeRO and an average": (
+        [ZERO, "--optimizer.ema_decay=0.9"],
+        r"keeps no moving average of the weights: set optimizer\.ema_decay 0",
+    ),
+    "bf16 without copies": (
+        [ZERO, "--deepspeed.zero_stage=0", "--precision.dtype=bf16"],
+        r"zero_stage 0 with bf16 .*: use stage 2 or 3, or precision\.dtype fp32",
+    ),
+    "bf16 at stage 1": (
+        [ZERO, "--deepspeed.zero_stage=1", "--precision.dtype=bf16"],
+        r"zero_stage 1 with bf16 .*: use stage 2 or 3",
+    ),
+    "nothing to offload": (
+        [ZERO, "--deepspeed.zero_stage=0", "--deepspeed.offload_optimizer=true"],
+        r"deepspeed\.offload_optimizer needs a zero_stage of 1 or more: raise it",
+    ),
+    "whole parameters offloaded": (
+        [ZERO, "--deepspeed.offload_parameters=true"],
+        r"offload_parameters needs zero_stage 3: raise it",
+    ),
     "auto-encoder from nowhere": (["--data.codec.kind=vae"], r"kind is vae: give data\.codec\.path"),
     "auto-encoder for patches": (["--data.codec.path=vae"], r"data\.codec\.path is for data\.codec\.kind vae: leave it out"),
     "source without weight": (

@@ -183,6 +183,15 @@ def test_by_confidence_the_surest_are_drawn_first() -> None:
     assert counts == [end - begin for begin, end in cosine_rounds(N, rounds=5)]
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_no_order_is_made_of_what_is_not_finite(value: float) -> None:
+    sampling = ImageSampling(rounds=4, order="confidence")
+    spread_BN = torch.rand(B, N)
+    spread_BN[0] = value
+    with pytest.raises(FloatingPointError, match="tokens just drawn are not finite"):
+        paint(Recorded(sampling, spread_BN=spread_BN), torch.ones(B, N, dtype=torch.bool), sampling)
+
+
 def test_guidance_grows_with_what_is_drawn() -> None:
     """Of two images of which one begins half drawn; in the last round it is the whole scale."""
     masked_BN = torch.ones(B, N, dtype=torch.bool)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -202,6 +203,16 @@ def test_what_exists_is_not_overwritten(places: Places, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"^error: .*/model exists: remove it or choose another --out$"):
         convert_ckpt.main(["to-hf", "--checkpoint", str(places.tied), "--out", str(tmp_path / "model")])
     assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["model", "model/mine"]
+
+
+def test_others_may_read_what_they_may_read_of_other_files(places: Places, tmp_path: Path) -> None:
+    """safetensors keeps its files to their owner."""
+    before = os.umask(0o027)
+    try:
+        export(open_checkpoint(places.tied), tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o640}
 
 
 def test_what_was_moved_is_found_where_it_lies_now(places: Places, tmp_path: Path) -> None:
