@@ -2,8 +2,8 @@
 
 Arguments: data directory, directory for checkpoints, JSON {name: {"options": [...], "steps": n, "after": name, "paints": bool}}.
 The first of a "start" trains from weights that are stirred; the others take the weights it began with, or go on "after" the last
-checkpoint of another. Each saves a checkpoint at its end. With "paints" it paints and reads then too; with "trouble" its steps are
-those of `train_in_trouble`.
+checkpoint of another. Each saves a checkpoint at its end. With "paints" it paints and reads then too; with "trouble" its steps
+are those of `train_in_trouble`.
 """
 
 from __future__ import annotations
