@@ -1,7 +1,7 @@
 """Which way imports run, and which file alone may speak to a foreign library. Reads the source, imports nothing.
 
     config, platform, progress <- parallel <- diffusion, data, model, engine <- inference, scaling, evaluation <- training
-                                                  <- pretrain_mmar.py, hf <- generation <- chaos, benchmarks, demo, tools
+                                           <- pretrain_mmar.py, hf <- generation <- chaos, benchmarks, sweep, demo, tools
 
 `diffusion`, `data`, `model` and `engine` do not import each other, with two exceptions: `model` uses `diffusion`; and the
 contract between the loader and the model, `data.batch`, is open to `model` and `engine`. `hf` converts checkpoints and may see
@@ -39,10 +39,12 @@ ALLOWED: dict[str, set[str]] = {
     "hf": CORE | {"training"},
     "generation": CORE | {"training", "hf"},
     "demo": CORE | {"training", "hf", "generation"},
+    "sweep": CORE | {"training", "scaling"},
     "chaos": BASE | {"training.metrics"},
     "benchmarks": CORE | {"training", "inference", "scaling", "evaluation", "hf", "generation"},
     "pretrain_mmar": CORE | {"training", "inference", "scaling", "evaluation"},
-    "tools": CORE | {"training", "inference", "scaling", "evaluation", "hf", "generation", "demo", "chaos", "benchmarks"},
+    "tools": CORE
+    | {"training", "inference", "scaling", "evaluation", "hf", "generation", "demo", "chaos", "benchmarks", "sweep"},
 }
 
 # A word that may stand as part of a dotted name in one file alone.
@@ -166,6 +168,7 @@ def tree_with(root: Path, file: str, source: str) -> Path:
         ("mmar_megatron/training/trainer.py", "from tools.evaluate import main"),
         ("mmar_megatron/utils/misc.py", "import os"),
         ("mmar_megatron/__init__.py", "from mmar_megatron.config import Config"),
+        ("mmar_megatron/training/trainer.py", "from mmar_megatron.sweep import journal"),
         ("tools/plan.py", "from tools.sweep import main"),
     ],
 )
