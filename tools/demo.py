@@ -54,7 +54,11 @@ def main(argv: list[str]) -> None:
     from mmar_megatron import platform  # here, since torch takes seconds
 
     platform.prepare_for_megatron()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # for the same tidy end as Ctrl-C has
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # the same tidy end for both, also in the background, where a shell ignores SIGINT
+        signal.signal(number, signal.default_int_handler)
     try:
         run(args)
     except (ValueError, OSError) as error:

@@ -44,13 +44,14 @@ DIVIDED = ["--deepspeed.zero_options", json.dumps({"stage3_param_persistence_thr
 LIKE_NATIVE = {f"zero {stage}": zero(stage) for stage in range(4)} | {
     "zero 2 offload": zero(2, *OFFLOAD),
     "zero 3 offload": zero(3, *OFFLOAD, "--deepspeed.offload_parameters", "true"),
+    "zero 3 divided": zero(3, *DIVIDED),
+}
+BRIEFLY = {
     "zero 1 recompute": zero(1, *RECOMPUTE),
     "zero 3 recompute": zero(3, *RECOMPUTE),
-    "zero 3 divided": zero(3, *DIVIDED),
 }
 LIKE_LINEAR = {f"zero {stage} linear": zero(stage, *LINEAR) for stage in range(4)}
 ON_FOUR = {f"TP2 zero {stage}": zero(stage, *TP2) for stage in range(4)} | {
-    "TP2 SP zero 1": zero(1, *TP2, *SP),
     "TP2 SP zero 3": zero(3, *TP2, *SP),
 }
 IN_TROUBLE = {"native": [], **{f"zero {stage}": zero(stage) for stage in range(4)}, "zero 2 offload": zero(2, *OFFLOAD)}
@@ -60,7 +61,8 @@ GOES_ON = {
     "on at 0": ("zero 3 begins", zero(0)),
     "on at 3 after 3": ("zero 3 begins", zero(3)),
 }
-HALF = STEPS // 2
+BEGUN = 4
+"""Steps before a run goes on."""
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +75,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(folder: Path) -> dict[str, dict[str, Any]]:
     """The figures of every run."""
     data = make_data(folder / "shapes")
-    whole, few = {"steps": STEPS}, {"steps": FEW}
+    whole, few, begun = {"steps": STEPS}, {"steps": FEW}, {"steps": BEGUN}
     on_two: dict[str, dict[str, Any]] = {
         "native": {**whole, "options": [], "paints": True},
         **{name: {**whole, "options": options, "paints": True} for name, options in LIKE_NATIVE.items()},
+        **{name: {**few, "options": options} for name, options in BRIEFLY.items()},
         "native linear": {**few, "options": LINEAR, "lr": LINEAR_LR},
         **{name: {**few, "options": options, "lr": LINEAR_LR} for name, options in LIKE_LINEAR.items()},
         "native bf16": {**whole, "options": BF16},
@@ -84,20 +87,20 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
         "zero 3 bf16": {**few, "options": zero(3, *BF16)},
         "native qk norm": {**few, "options": QK_NORM, "start": "with norms"},
         "TP2 zero 2 qk norm": {**few, "options": zero(2, *TP2, *QK_NORM), "start": "with norms"},
-        "TP2 zero 3 begins": {"steps": HALF, "options": zero(3, *TP2)},
-        "TP2 on at 3": {"steps": HALF, "options": zero(3, *TP2), "after": "TP2 zero 3 begins"},
+        "TP2 zero 3 begins": {**begun, "options": zero(3, *TP2)},
+        "TP2 on at 3": {**few, "options": zero(3, *TP2), "after": "TP2 zero 3 begins"},
         "native untied": {**few, "options": UNTIED},
         "zero 3 untied": {**few, "options": zero(3, *UNTIED)},
         **{f"{name} in trouble": {**few, "options": options, "trouble": True} for name, options in IN_TROUBLE.items()},
-        "zero 2 begins": {"steps": HALF, "options": zero(2)},
-        "zero 3 begins": {"steps": HALF, "options": zero(3)},
-        **{name: {"steps": HALF, "options": options, "after": after} for name, (after, options) in GOES_ON.items()},
-        "zero 2 bf16 begins": {"steps": HALF, "options": zero(2, *BF16)},
-        "bf16 on at 2": {"steps": HALF, "options": zero(2, *BF16), "after": "zero 2 bf16 begins"},
+        "zero 2 begins": {**begun, "options": zero(2)},
+        "zero 3 begins": {**begun, "options": zero(3)},
+        **{name: {**few, "options": options, "after": after} for name, (after, options) in GOES_ON.items()},
+        "zero 2 bf16 begins": {**begun, "options": zero(2, *BF16)},
+        "bf16 on at 2": {**few, "options": zero(2, *BF16), "after": "zero 2 bf16 begins"},
     }
     on_four: dict[str, dict[str, Any]] = {name: {**whole, "options": options} for name, options in ON_FOUR.items()}
-    on_four["TP2 on at 1"] = {"steps": HALF, "options": zero(1, *TP2), "after": "zero 3 begins"}
-    on_one = {"one on at 1": {"steps": HALF, "options": zero(1), "after": "zero 3 begins"}}
+    on_four["TP2 on at 1"] = {**few, "options": zero(1, *TP2), "after": "zero 3 begins"}
+    on_one = {"one on at 1": {**few, "options": zero(1), "after": "zero 3 begins"}}
     found: dict[str, dict[str, Any]] = {}
     for nproc, of_nproc in ((2, on_two), (4, on_four), (1, on_one)):
         output = run_group(WORKER, str(data), str(folder), json.dumps(of_nproc), nproc=nproc, timeout=480)
@@ -114,7 +117,7 @@ def assert_same(got: list[dict[str, float]], expected: list[dict[str, float]], *
 
 
 REFERENCES = {
-    **dict.fromkeys((*LIKE_NATIVE, *ON_FOUR), "native"),
+    **dict.fromkeys((*LIKE_NATIVE, *BRIEFLY, *ON_FOUR), "native"),
     **dict.fromkeys(LIKE_LINEAR, "native linear"),
     "zero 2 bf16": "native bf16",
     "zero 3 bf16": "native bf16",
@@ -126,7 +129,9 @@ REFERENCES = {
 @pytest.mark.parametrize("name", REFERENCES)
 def test_it_trains_as_the_native_engine(name: str, runs: dict[str, dict[str, Any]]) -> None:
     got, expected = runs[name]["figures"], runs[REFERENCES[name]]["figures"]
-    if len(got) < len(expected):  # of fewer steps; the last row is of an evaluation
+    if name.endswith("bf16"):
+        got, expected = got[:FEW], expected[:FEW]  # later on roundings have added up
+    elif len(got) < len(expected):  # of fewer steps; the last row is of an evaluation
         got, expected = got[:-1], expected[: len(got) - 1]
     assert_same(got, expected, tolerance=1e-4 if name.endswith("bf16") else 1e-5)
 
@@ -174,11 +179,11 @@ def test_bad_steps_leave_no_trace(name: str, runs: dict[str, dict[str, Any]]) ->
 
 @pytest.mark.parametrize("name", [*GOES_ON, "one on at 1", "TP2 on at 1", "TP2 on at 3"])
 def test_it_goes_on_in_another_layout(name: str, runs: dict[str, dict[str, Any]]) -> None:
-    assert_same(runs[name]["figures"], runs["native"]["figures"][HALF:], tolerance=1e-5)
+    assert_same(runs[name]["figures"][:FEW], runs["native"]["figures"][BEGUN : BEGUN + FEW], tolerance=1e-5)
 
 
 @pytest.mark.parametrize(
     ("name", "whole"), [("on at 2", "zero 2"), ("on at 3 after 3", "zero 3"), ("bf16 on at 2", "zero 2 bf16")]
 )
 def test_it_goes_on_exactly(name: str, whole: str, runs: dict[str, dict[str, Any]]) -> None:
-    assert runs[name]["figures"] == runs[whole]["figures"][HALF:]
+    assert runs[name]["figures"][:FEW] == runs[whole]["figures"][BEGUN : BEGUN + FEW]
