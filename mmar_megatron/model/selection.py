@@ -14,7 +14,6 @@ class Selection:
 
     Args:
         chosen_BN: bool. The number of them is read from the device.
-        at_least: columns there are in any case.
 
     Attributes:
         place_BA: int64: the token in each column, in raster order; of no meaning where nothing is.
@@ -22,9 +21,9 @@ class Selection:
         column_BN: int64: the column of each chosen token; of no meaning for others.
     """
 
-    def __init__(self, chosen_BN: Tensor, *, at_least: int = 1) -> None:
+    def __init__(self, chosen_BN: Tensor) -> None:
         count_B = chosen_BN.sum(dim=1)
-        columns = max(at_least, int(count_B.max()))
+        columns = max(1, int(count_B.max()))  # empty tensors are trouble to many kernels
         self.place_BA = torch.argsort(~chosen_BN, dim=1, stable=True)[:, :columns]
         self.there_BA = torch.arange(columns, device=chosen_BN.device) < count_B[:, None]
         self.column_BN = (chosen_BN.cumsum(dim=1) - 1).clamp(min=0)

@@ -129,11 +129,13 @@ REFERENCES = {
 @pytest.mark.parametrize("name", REFERENCES)
 def test_it_trains_as_the_native_engine(name: str, runs: dict[str, dict[str, Any]]) -> None:
     got, expected = runs[name]["figures"], runs[REFERENCES[name]]["figures"]
-    if name.endswith("bf16"):
-        got, expected = got[:FEW], expected[:FEW]  # later on roundings have added up
-    elif len(got) < len(expected):  # of fewer steps; the last row is of an evaluation
+    if len(got) < len(expected):  # of fewer steps; the last row is of an evaluation
         got, expected = got[:-1], expected[: len(got) - 1]
-    assert_same(got, expected, tolerance=1e-4 if name.endswith("bf16") else 1e-5)
+    if name.endswith("bf16"):  # in which roundings add up
+        assert_same(got[:FEW], expected[:FEW], tolerance=1e-4)
+        assert_same(got, expected, tolerance=2e-2)
+    else:
+        assert_same(got, expected, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("name", [*ON_FOUR, "TP2 zero 2 qk norm", "TP2 on at 3"])
