@@ -91,13 +91,15 @@ def build(studio: Studio) -> gr.Blocks:
     """The page of a model."""
     with gr.Blocks(title="MMAR", analytics_enabled=False) as page:
         gr.Markdown(f"### MMAR\n{_facts(studio)}", elem_classes="facts")
-        with gr.Tabs() as tabs:
+        with gr.Tabs():
             with gr.Tab("Paint", id="paint"):
                 read_it, canvas, status = _paint_tab(studio)
-            with gr.Tab("Read", id="read"):
+            with gr.Tab("Read", id="read", elem_id="reading"):
                 pictures = _read_tab(studio)
-        outputs = {"tabs": tabs, "pictures": pictures, "status": status}
-        read_it.click(_handler(partial(_to_read, studio), outputs), [canvas], [*outputs.values()], **_IN_THE_QUEUE)
+        outputs = {"pictures": pictures, "status": status}
+        handed = read_it.click(_handler(partial(_to_read, studio), outputs), [canvas], [*outputs.values()], **_IN_THE_QUEUE)
+        # By the tab's own button: an update of the tabs from here sets what is in them back, also what was just typed.
+        handed.success(None, js="() => { document.getElementById('reading-button').click(); }", **_AT_ONCE)
     return page.queue()
 
 
@@ -232,7 +234,7 @@ def _open(studio: Studio, file: str) -> Iterator[dict[str, Any]]:
 
 def _to_read(studio: Studio, canvas: Canvas) -> Iterator[dict[str, Any]]:
     canvas.check_whole()
-    yield {"tabs": gr.Tabs(selected="read"), "pictures": [Image.open(io.BytesIO(studio.png(canvas)))]}
+    yield {"pictures": [Image.open(io.BytesIO(studio.png(canvas)))]}
 
 
 def _read_tab(studio: Studio) -> gr.Gallery:

@@ -257,12 +257,10 @@ def test_an_opened_picture_is_changed_saved_and_read(page: Page, picture: Path, 
 
     page.tab.click("#read-it")
     page.tab.fill("#question textarea", "what is this?")
-    page.tab.click("#reading-advanced > button")
-    page.tab.fill("#most input", "4")  # an untrained model is not sure of its words: in a long text a rounding may change one
     page.tab.click("#read")
     page.says("read in", where="#read-status")
     asked = Input(images=("saved",), files=(tmp_path / "saved.png",), question="what is this?")
-    ((_, text),) = read(opened, [asked], reading=Reading(max_tokens=4), batch_size=1)
+    ((_, text),) = read(opened, [asked], reading=Reading(), batch_size=1)
     assert page.tab.input_value("#answer textarea").split() == text.split() != []
 
 
