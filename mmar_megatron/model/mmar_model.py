@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,18 @@ from mmar_megatron.model.layer_specs import block_spec
 from mmar_megatron.model.losses import LossSums, bucketed
 from mmar_megatron.model.vision import Projector
 from mmar_megatron.parallel import ParallelGroups
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsToLearn:
+    """Which positions of a microbatch have a loss: only these reach the heads."""
+
+    labelled: Tensor
+    """[L] of (S B): where a label is. Alike on all tensor-parallel ranks, which divide the vocabulary."""
+    masked: Tensor
+    """[K] of (M N): this rank's share of the masked tokens."""
+    visible: Tensor
+    """[K] of (M N): this rank's share of the visible tokens, which are aligned with the teacher's; none where there is none."""
 
 
 class MMARModel(LanguageModule):
@@ -167,7 +179,7 @@ class MMARModel(LanguageModule):
         if not self.post_process:
             return h_SBD
         h_SBD = self._enter_heads(h_SBD)
-        return h_SBD if return_hidden else self._losses(h_SBD, batch=batch)
+        return h_SBD if return_hidden else self.losses(h_SBD, batch=batch, rows=self.rows_to_learn(batch))
 
     @contextmanager
     def _attending_to(self, cache: KeyValueCache | None) -> Iterator[None]:
@@ -186,21 +198,24 @@ class MMARModel(LanguageModule):
             return gather_from_sequence_parallel_region(h_SBD, tensor_parallel_output_grad=True, group=self.groups.tensor)
         return copy_to_tensor_model_parallel_region(h_SBD, group=self.groups.tensor)
 
-    def _losses(self, h_SBD: Tensor, *, batch: Batch) -> LossSums:
+    def rows_to_learn(self, batch: Batch) -> RowsToLearn:
+        """Of this tensor-parallel rank. On a GPU the host waits to know how many they are."""
+        labelled = (rearrange(batch.labels_BS, "b s -> (s b)") != IGNORE).nonzero().squeeze(1)
+        visible = self._own_share(batch.visible_MN) if self.settings.alignment_loss_weight > 0 else labelled.new_empty(0)
+        return RowsToLearn(labelled=labelled, masked=self._own_share(batch.masked_MN), visible=visible)
+
+    def losses(self, h_SBD: Tensor, *, batch: Batch, rows: RowsToLearn) -> LossSums:
+        """From the final hidden states, of these rows alone. Last stage only."""
         sequences = h_SBD.shape[1]
         h_TD = rearrange(h_SBD, "s b d -> (s b) d")
-
         labels_T = rearrange(batch.labels_BS, "b s -> (s b)")
-        labelled = (labels_T != IGNORE).nonzero().squeeze(1)
-        text = self._text_loss(h_TD[labelled], labels_L=labels_T[labelled])
-
+        text = self._text_loss(h_TD[rows.labelled], labels_L=labels_T[rows.labelled])
         position_MN = batch.image_positions_MN
         row_MN = position_MN % batch.tokens_BS.shape[1] * sequences + position_MN // batch.tokens_BS.shape[1]
-        masked = self._own_share(batch.masked_MN)
         return LossSums(
             text=text,
-            **self._image_loss(h_TD[row_MN.flatten()[masked]], batch=batch, masked=masked),
-            alignment=self._alignment_loss(h_TD, batch=batch, row_MN=row_MN),
+            **self._image_loss(h_TD[row_MN.flatten()[rows.masked]], batch=batch, masked=rows.masked),
+            alignment=self._alignment_loss(h_TD[row_MN.flatten()[rows.visible]], batch=batch, visible=rows.visible),
         )
 
     def _own_share(self, chosen_MN: Tensor) -> Tensor:
@@ -238,13 +253,12 @@ class MMARModel(LanguageModule):
             "count_by_mask_ratio": rows_by_mask_ratio,
         }
 
-    def _alignment_loss(self, h_TD: Tensor, *, batch: Batch, row_MN: Tensor) -> Tensor:
+    def _alignment_loss(self, h_KD: Tensor, *, batch: Batch, visible: Tensor) -> Tensor:
         if self.settings.alignment_loss_weight == 0:
-            return torch.zeros((), device=h_TD.device)
+            return torch.zeros((), device=h_KD.device)
         if batch.teacher_MNF is None:
             raise ValueError("model.alignment_loss_weight is not 0, but the data holds no teacher features: set it to 0.")
-        visible = self._own_share(batch.visible_MN)
-        projected_KF = self.alignment_projector(h_TD[row_MN.flatten()[visible]]).float()
+        projected_KF = self.alignment_projector(h_KD).float()
         teacher_KF = rearrange(batch.teacher_MNF, "m n f -> (m n) f")[visible]
         return (1 - F.cosine_similarity(projected_KF, teacher_KF, dim=-1)).sum()
 
