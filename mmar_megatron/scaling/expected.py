@@ -66,6 +66,22 @@ class RowMeans:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class FullestRow:
+    """The most that rows of the training stream hold of each, though hardly one holds all: what memory must be there for."""
+
+    images: int
+    labels: int
+    painted: int
+
+    @classmethod
+    def of(cls, source: DataSource, *, seed: int) -> FullestRow:
+        """Over the first window of the stream, from the index alone."""
+        window = source.planner(seed=seed).window(0, places={})
+        sums = {"images": window.images_D, "labels": window.labels_D, "painted": window.painted_D}
+        return cls(**{name: max(int(of_documents[row].sum()) for row in window.rows) for name, of_documents in sums.items()})
+
+
 def expected_counts(config: Config, *, tokens_per_image: int, rows: RowMeans) -> StepCounts:
     """Rows that each part sees in an average step.
 

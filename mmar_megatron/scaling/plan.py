@@ -30,6 +30,7 @@ from mmar_megatron.parallel import ParallelGroups
 from mmar_megatron.scaling.expected import RowMeans, expected_counts, expected_flops
 from mmar_megatron.scaling.flops import StepCounts, StepFlops
 from mmar_megatron.scaling.split import PipelineCosts, max_repeated_layers
+from mmar_megatron.scaling.tables import columns, size
 
 _BYTES = {"fp32": (4, 4, 8), "bf16": (2, 4, 12)}
 """Bytes for each parameter: weight, gradient (summed in fp32), optimizer (two moments, and beside bf16 the fp32 weight)."""
@@ -62,6 +63,15 @@ class Memory:
     def total(self) -> int:
         """All three."""
         return self.weights + self.gradients + self.optimizer
+
+    @classmethod
+    def planned(cls, config: Config, parameters: int, *, data_parallel_size: int) -> Memory:
+        """Of the configured engine."""
+        dtype = config.precision.dtype
+        if config.engine == "deepspeed":
+            return cls.of_zero(parameters, config=config.deepspeed, dtype=dtype, data_parallel_size=data_parallel_size)
+        average = config.optimizer.ema_decay > 0
+        return cls.of(parameters, dtype=dtype, average=average, data_parallel_size=data_parallel_size)
 
     @classmethod
     def of(cls, parameters: int, *, dtype: str, average: bool, data_parallel_size: int) -> Memory:
@@ -149,7 +159,7 @@ class Plan:
         total = sum(self.parameters.values())
         rows = [("parameters", f"{total:,}", "")]
         rows += [(f"  {part}", f"{number:,}", f"{number / total:.1%}") for part, number in self.parameters.items()]
-        return _columns(rows)
+        return columns(rows)
 
     def _stages(self) -> list[str]:
         heading = ("on each rank", "layers", "parameters", "weights", "gradients", "optimizer", "together", "FLOPs of a step", "")
@@ -159,8 +169,8 @@ class Plan:
             memory = stage.memory
             sizes = (memory.weights, memory.gradients, memory.optimizer, memory.total)
             flops = (f"{stage.flops:.3e}", f"{stage.flops / all_flops:.1%}")
-            rows.append((f"  stage {number}", _ranges(stage.layers), f"{stage.parameters:,}", *map(_size, sizes), *flops))
-        lines = [*_columns(rows), "  activations and communication buffers come on top"]
+            rows.append((f"  stage {number}", _ranges(stage.layers), f"{stage.parameters:,}", *map(size, sizes), *flops))
+        lines = [*columns(rows), "  activations and communication buffers come on top"]
         return lines + ([f"  the largest stage computes {self.imbalance:.3f} x the mean"] if len(self.stages) > 1 else [])
 
     def _step(self) -> list[str]:
@@ -185,7 +195,7 @@ class Plan:
         rows += [(f"  {part}", f"{number:.3e}", f"{number / flops.model:.1%}") for part, number in parts.items()]
         if flops.recompute:
             rows.append(("and recomputation", f"{flops.recompute:.3e}", f"+{flops.recompute / flops.model:.1%}"))
-        return _columns(rows)
+        return columns(rows)
 
     def _run(self) -> list[str]:
         samples, tokens, flops = (self.steps * each for each in (self.documents, self.tokens, self.flops.executed))
@@ -235,7 +245,7 @@ def plan(config: Config, *, geometry: ImageGeometry, vocab_size: int, rows: RowM
                 Stage(
                     layers=layers,
                     parameters=parameters,
-                    memory=_memory(config, parameters, data_parallel_size=data_parallel_size),
+                    memory=Memory.planned(config, parameters, data_parallel_size=data_parallel_size),
                     flops=sum(of_pieces) // (world_size // costs.stages),
                 )
             )
@@ -289,14 +299,6 @@ def stage_on_meta(
         parallel.leave()
 
 
-def _memory(config: Config, parameters: int, *, data_parallel_size: int) -> Memory:
-    dtype = config.precision.dtype
-    if config.engine == "deepspeed":
-        return Memory.of_zero(parameters, config=config.deepspeed, dtype=dtype, data_parallel_size=data_parallel_size)
-    average = config.optimizer.ema_decay > 0
-    return Memory.of(parameters, dtype=dtype, average=average, data_parallel_size=data_parallel_size)
-
-
 def _whole_sizes(chunk: MMARModel) -> dict[str, int]:
     """Elements of each tensor that this chunk holds a shard of, by its name in checkpoints.
 
@@ -310,8 +312,8 @@ def _whole_sizes(chunk: MMARModel) -> dict[str, int]:
 
 def _by_part(sizes: dict[str, int]) -> dict[str, int]:
     total: Counter[str] = Counter(dict.fromkeys(_PARTS.values(), 0))
-    for name, size in sizes.items():
-        total[next(part for beginning, part in _PARTS.items() if name.startswith(beginning))] += size
+    for name, elements in sizes.items():
+        total[next(part for beginning, part in _PARTS.items() if name.startswith(beginning))] += elements
     return dict(total)
 
 
@@ -325,18 +327,3 @@ def _with_recomputation(flops: StepFlops, *, backbone: TransformerConfig, stages
 def _ranges(chunks: Sequence[Sequence[int]]) -> str:
     """((1, 2, 3), (9, 10, 11)) -> 1-3, 9-11."""
     return ", ".join("-".join(map(str, sorted({chunk[0], chunk[-1]}))) for chunk in chunks if chunk) or "none"
-
-
-def _size(number: int) -> str:
-    """Bytes as a person reads them."""
-    return f"{number / 2**30:,.2f} GiB" if number >= 2**29 else f"{number / 2**20:,.1f} MiB"
-
-
-def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Rows with their columns aligned: names to the left, figures to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for name, *figures in rows:
-        right = (figure.rjust(width) for figure, width in zip(figures, widths[1:], strict=True))
-        lines.append("  ".join((name.ljust(widths[0]), *right)).rstrip())
-    return lines

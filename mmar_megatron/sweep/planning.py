@@ -8,13 +8,13 @@ from pathlib import Path
 
 import yaml
 
+from mmar_megatron.scaling.tables import columns
 from mmar_megatron.sweep.grid import lay_out, settings_of
 from mmar_megatron.sweep.journal import has_begun
 from mmar_megatron.sweep.measuring import measure
 from mmar_megatron.sweep.records import PLAN, RUN_CONFIG, SweepPlan, default_launch, read_plan, write_whole
 from mmar_megatron.sweep.shapes import shapes_of
 from mmar_megatron.sweep.spec import read_spec
-from mmar_megatron.sweep.tables import columns
 
 HEADS = ("run", "parameters", "lr", "steps", "tokens", "tokens/param", "FLOPs", "of all", "epochs")
 

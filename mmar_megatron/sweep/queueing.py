@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
+from mmar_megatron.scaling.tables import duration
 from mmar_megatron.sweep import journal
 from mmar_megatron.sweep.attempt import DONE, FAILED, HELD, STOPPED
 from mmar_megatron.sweep.records import ROOT, PlannedRun, SweepPlan
-from mmar_megatron.sweep.tables import duration
 
 POLL_S = 0.5
 TAIL = 8

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean, median
 
+from mmar_megatron.scaling.tables import columns, duration
 from mmar_megatron.sweep import journal
 from mmar_megatron.sweep.journal import RunState
 from mmar_megatron.sweep.queueing import failure
 from mmar_megatron.sweep.records import PlannedRun, SweepPlan
-from mmar_megatron.sweep.tables import columns, duration
 
 HEADS = ("run", "state", "step", "of", "done", "attempts", "val_loss_text", "val_loss_image", "left")
 _RECENT = 20

@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mmar_megatron.scaling.tables import duration
 from mmar_megatron.sweep import journal
 from mmar_megatron.sweep.records import PlannedRun, SweepPlan
 from mmar_megatron.sweep.status import status, sweep_seconds_left
-from mmar_megatron.sweep.tables import duration
 from tests.unit.sweep.sweeps import pretended
 
 

@@ -1,4 +1,4 @@
-"""Tables for a terminal, and durations."""
+"""Tables for a terminal, sizes and durations."""
 
 from __future__ import annotations
 
@@ -24,3 +24,8 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def size(number: int) -> str:
+    """Bytes as a person reads them."""
+    return f"{number / 2**30:,.2f} GiB" if number >= 2**29 else f"{number / 2**20:,.1f} MiB"

@@ -1,0 +1,121 @@
+"""Footprints against torch's own memory tracker, whole stages and what is known of the collectives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from mmar_megatron.config import Config, parse_command_line
+from mmar_megatron.model.image_geometry import ImageGeometry
+from mmar_megatron.scaling import footprint as footprint_module
+from mmar_megatron.scaling.footprint import Footprint, Microbatch, Piece, run_on_fake_tensors
+from mmar_megatron.scaling.pieces import Footprints, Recomputation
+
+GEOMETRY = ImageGeometry(grid_height=8, grid_width=8, channels=16)
+VOCAB = 1000
+MICROBATCH = Microbatch(sequences=2, sequence_length=512, images=8, labels=300, masked=400)
+OPTIONS = [
+    *("--model.backbone.num_layers", "10", "--model.backbone.hidden_size", "256", "--model.backbone.ffn_hidden_size", "704"),
+    *("--model.backbone.num_attention_heads", "8", "--model.backbone.num_query_groups", "4", "--precision.dtype", "bf16"),
+    *("--model.embedding_vit.num_layers", "2", "--model.head.depth", "3", "--model.head.width", "256"),
+    *("--data.sequence_length", "512", "--data.codec.image_size", "64", "--data.codec.patch_size", "8"),
+]
+TP4 = ["--parallel.tensor_model_parallel_size", "4"]
+SP = [*TP4, "--parallel.sequence_parallel", "true"]
+BACKBONE = "--model.backbone.recompute_"
+UNIFORM = [f"{BACKBONE}granularity=full", f"{BACKBONE}method=uniform", f"{BACKBONE}num_layers=2"]
+BLOCK = [f"{BACKBONE}granularity=full", f"{BACKBONE}method=block", f"{BACKBONE}num_layers=3"]
+ENDS = [(True, True), (True, False), (False, False), (False, True)]
+HIDDEN = 512 * 2 * 256 * 2
+"""Bytes of the hidden states."""
+
+
+def config_of(*options: str) -> Config:
+    return parse_command_line([*OPTIONS, *options]).config
+
+
+def whole(config: Config, piece: Piece) -> Footprint:
+    return run_on_fake_tensors(config, piece, microbatch=MICROBATCH, geometry=GEOMETRY, vocab_size=VOCAB)
+
+
+def put_together(config: Config, piece: Piece) -> Footprint:
+    footprints = Footprints(config, microbatch=MICROBATCH, geometry=GEOMETRY, vocab_size=VOCAB)
+    return footprints.of(piece, recompute=Recomputation.of(config.model.backbone))
+
+
+@pytest.mark.parametrize(
+    ("options", "ends"),
+    [
+        *((SP, ends) for ends in ENDS),
+        *((options, ends) for options in ([], [*SP, *UNIFORM], [*TP4, *BLOCK]) for ends in ENDS[::2]),
+    ],
+)
+def test_a_few_layers_tell_what_many_take(options: list[str], ends: tuple[bool, bool]) -> None:
+    config, piece = config_of(*options), Piece(10, *ends)
+    expected, got = whole(config, piece), put_together(config, piece)
+    assert (got.parameters, got.row_parallel, got.batch) == (expected.parameters, expected.row_parallel, expected.batch)
+    assert {kind: sent for kind, sent in got.traffic.items() if sent} == {k: sent for k, sent in expected.traffic.items() if sent}
+    assert got.saved == pytest.approx(expected.saved, rel=0.001)
+    assert got.peak == pytest.approx(expected.peak, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "ends"), [([], ENDS[0]), (SP, ENDS[0]), (SP, ENDS[1]), (SP, ENDS[3]), ([*SP, *UNIFORM], ENDS[2])]
+)
+def test_peak_is_that_of_torchs_tracker(options: list[str], ends: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    config, piece = config_of(*options), Piece(6, *ends)
+    trackers: list[MemTracker] = []
+    original = footprint_module._fake_piece
+
+    @contextmanager
+    def tracked(*args: object, **kwargs: object) -> Iterator[torch.nn.Module]:
+        with original(*args, **kwargs) as model:  # type: ignore[arg-type]
+            trackers.append(MemTracker())
+            trackers[0].track_external(model)
+            with trackers[0]:
+                yield model
+
+    monkeypatch.setattr(footprint_module, "_fake_piece", tracked)
+    batch = whole(config, piece).batch
+    (peaks,) = trackers[0].get_tracker_snapshot("peak").values()
+    by_kind = {getattr(kind, "name", kind): size for kind, size in peaks.items()}
+    expected = by_kind["Total"] - by_kind["PARAM"] - by_kind["BUFFER"] - batch
+    monkeypatch.undo()
+    assert put_together(config, piece).peak == pytest.approx(expected, rel=0.1)
+
+
+def test_what_tensor_parallel_layers_send() -> None:
+    layers, ring = 10, 3 / 4
+    # Two all-reduces forward and two backward: behind the attention and behind the feed-forward layers.
+    assert whole(config_of(*TP4), Piece(layers, False, False)).traffic == {"all-reduce": layers * 4 * 2 * ring * HIDDEN}
+    # Sequence parallelism: each is a gather and a scatter, and backward gathers the inputs of two linears again.
+    assert whole(config_of(*SP), Piece(layers, False, False)).traffic == {
+        "all-gather": layers * 6 * ring * HIDDEN,
+        "reduce-scatter": layers * 4 * ring * HIDDEN,
+    }
+
+
+def test_recomputation_keeps_the_input_of_each_group() -> None:
+    kept = whole(config_of(*UNIFORM), Piece(10, False, False)).saved - whole(config_of(*UNIFORM), Piece(8, False, False)).saved
+    assert kept == HIDDEN
+
+
+def test_a_larger_microbatch_is_so_many_times_one() -> None:
+    config, piece = config_of(*SP), Piece(4)
+    one = Microbatch(sequences=1, sequence_length=512, images=4, labels=150, masked=200)
+    got = run_on_fake_tensors(config, piece, microbatch=one, geometry=GEOMETRY, vocab_size=VOCAB).times(2)
+    expected = whole(config, piece)
+    assert got.parameters == expected.parameters
+    assert got.saved == pytest.approx(expected.saved, rel=0.01)
+    assert got.peak == pytest.approx(expected.peak, rel=0.1)
+    assert got.batch == pytest.approx(expected.batch, rel=0.01)
+
+
+def test_nothing_is_left_behind() -> None:
+    whole(config_of(), Piece(1))
+    assert not torch.distributed.is_initialized()
+    assert type(torch.empty(1)) is torch.Tensor
