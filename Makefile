@@ -64,6 +64,7 @@ check: .venv/.complete ## formatting, lint and types
 	ruff format --check
 	ruff check
 	mypy
+	shellcheck examples/*.sh examples/*/*.sh .ci/run
 
 format: .venv/.complete ## put the code into its format, with what lint can mend by itself
 	ruff format

@@ -57,11 +57,12 @@ class Report:
         return "\n".join([*lines, *self.measured, *map(str, self.findings)])
 
 
-def check(config: Config, *, clock: Callable[[], float] = time.time) -> Report:
+def check(config: Config, *, say: Callable[[str], object], clock: Callable[[], float] = time.time) -> Report:
     """Finds out what would hinder a run. Joins a process group of its own and leaves it.
 
     Args:
         config: of the run.
+        say: is told the report, on the last rank, which speaks for the run too.
         clock: seconds since the epoch.
 
     Raises:
@@ -83,7 +84,11 @@ def check(config: Config, *, clock: Callable[[], float] = time.time) -> Report:
             checkpoint_bytes=checkpoint_bytes,
             kept_checkpoints=(config.checkpoint.keep_last or 2) + 1,
         )
-        return _look(needs, facts=gather(collect(_paths(config))), unplanned=unplanned, clock=clock)
+        report = _look(needs, facts=gather(collect(_paths(config))), unplanned=unplanned, clock=clock)
+        if platform.rank() == platform.world_size() - 1:
+            say(str(report))
+        torch.distributed.barrier()  # torchrun ends all ranks when one ends with an error
+        return report
     finally:
         torch.distributed.destroy_process_group()
 

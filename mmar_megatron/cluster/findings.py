@@ -69,7 +69,7 @@ def of_clocks(offsets_s: Sequence[float], *, ranks: Sequence[Facts]) -> list[Fin
     """Args: offsets_s: how far each rank's clock is ahead of the first's."""
     return [
         warning(
-            f"the clock of {facts.place} is {abs(offset):.1f} s {'ahead of' if offset > 0 else 'behind'} that of {ranks[0].place}: "
+            f"the clock of {facts.place} is {abs(offset):.1f} s {'ahead of' if offset > 0 else 'behind'} {ranks[0].place}'s: "
             "have both follow a time server, or logs of one moment bear different times and object stores may refuse requests"
         )
         for offset, facts in zip(offsets_s, ranks, strict=True)
@@ -122,17 +122,17 @@ def _gpus(nodes: Sequence[Facts]) -> Iterator[Finding]:
     without = [facts for facts in nodes if not facts.gpus]
     if idle := [facts for facts in without if facts.driver is not None]:
         yield error(
-            f"torch {idle[0].versions['torch']} cannot use the GPUs of {_places(idle)}: install its build for driver {idle[0].driver}"
+            f"torch {idle[0].versions['torch']} cannot use the GPUs of {_places(idle)}: take one for driver {idle[0].driver}"
         )
     elif len(without) == len(nodes):
         yield warning("no node has a GPU, so the run will be on CPUs: if that is not meant, ask the scheduler for GPUs")
     elif without:
-        yield error(f"{_places(without)} has no GPU, but others have: leave it out, or ask the scheduler for GPUs on all nodes")
+        yield error(f"{_places(without)} has no GPU, but others have: leave it out, or ask the scheduler for GPUs on all")
     for facts in nodes:
         if 0 < len(facts.gpus) < facts.processes:
             yield error(
-                f"{facts.place} has {len(facts.gpus)} GPUs for {facts.processes} processes: set NPROC to {len(facts.gpus)} on all "
-                "nodes, or leave that one out"
+                f"{facts.place} has {len(facts.gpus)} GPUs for {facts.processes} processes: set NPROC to {len(facts.gpus)} on "
+                "all nodes, or leave that one out"
             )
         elif len(facts.gpus) > facts.processes:
             yield warning(
@@ -177,7 +177,7 @@ def _limits(nodes: Sequence[Facts], *, needs: Needs) -> Iterator[Finding]:
     small = [facts for facts in nodes if facts.shared_memory_bytes < _LITTLE_SHARED_MEMORY]
     if needs.loader_processes and small:
         yield warning(
-            f"/dev/shm of {_places(small)} has {small[0].shared_memory_bytes / 2**20:.0f} MiB, through which loaders pass batches: "
+            f"/dev/shm of {_places(small)} has {small[0].shared_memory_bytes / 2**20:.0f} MiB, and loaders pass batches there: "
             "enlarge it (docker's --shm-size or --ipc=host), or set data.num_workers 0"
         )
 
