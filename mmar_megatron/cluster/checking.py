@@ -57,13 +57,21 @@ class Report:
         return "\n".join([*lines, *self.measured, *map(str, self.findings)])
 
 
-def check(config: Config, *, say: Callable[[str], object], clock: Callable[[], float] = time.time) -> Report:
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Of a checkpoint."""
+
+    num_bytes: int = 0
+    unknown: str | None = None
+    """Why the run cannot be planned."""
+
+
+def check(config: Config, *, say: Callable[[str], object]) -> Report:
     """Finds out what would hinder a run. Joins a process group of its own and leaves it.
 
     Args:
         config: of the run.
         say: is told the report, on the last rank, which speaks for the run too.
-        clock: seconds since the epoch.
 
     Raises:
         ValueError: the number of processes does not fit the layout; or the launcher is not torchrun.
@@ -72,43 +80,51 @@ def check(config: Config, *, say: Callable[[str], object], clock: Callable[[], f
     if platform.launched() and "GROUP_RANK" not in os.environ:
         raise ValueError("the check does not know which ranks share a node: start it by torchrun")
     # This pretends process groups, so it comes before the real one.
-    checkpoint_bytes, unplanned = _plan(config) if platform.rank() == 0 else (0, None)
-    _join()
+    size = checkpoint_size(config) if platform.rank() == 0 else Size()
+    join()
     try:
-        (checkpoint_bytes, unplanned), *_ = gather((checkpoint_bytes, unplanned))
-        needs = Needs(
-            transformer_engine=str(config.precision.fp8) != "off",
-            tensor_parallel=config.parallel.tensor_model_parallel_size > 1,
-            loader_processes=config.data.num_workers > 0,
-            run_dir=config.run_dir,
-            checkpoint_bytes=checkpoint_bytes,
-            kept_checkpoints=(config.checkpoint.keep_last or 2) + 1,
-        )
-        report = _look(needs, facts=gather(collect(_paths(config))), unplanned=unplanned, clock=clock)
+        report = look(config, size=size)
         if platform.rank() == platform.world_size() - 1:
             say(str(report))
         torch.distributed.barrier()  # torchrun ends all ranks when one ends with an error
-        return report
     finally:
         torch.distributed.destroy_process_group()
+    return report
 
 
-def _look(needs: Needs, *, facts: list[Facts], unplanned: str | None, clock: Callable[[], float]) -> Report:
+def look(config: Config, *, size: Size, clock: Callable[[], float] = time.time) -> Report:
+    """What all ranks, having joined, find out together.
+
+    Args:
+        config: of the run.
+        size: of its checkpoints; the first rank's counts.
+        clock: seconds since the epoch.
+    """
+    size = gather(size)[0]
+    facts: list[Facts] = gather(collect(_paths(config)))
     own = facts[torch.distributed.get_rank()]
-    findings = of_machines(facts, needs=needs) + ([error(unplanned)] if unplanned else [])
-    run_dir = Path(needs.run_dir)
+    needs = Needs(
+        transformer_engine=str(config.precision.fp8) != "off",
+        tensor_parallel=config.parallel.tensor_model_parallel_size > 1,
+        loader_processes=config.data.num_workers > 0,
+        run_dir=config.run_dir,
+        checkpoint_bytes=size.num_bytes,
+        kept_checkpoints=(config.checkpoint.keep_last or 2) + 1,
+    )
+    findings = of_machines(facts, needs=needs) + ([error(size.unknown)] if size.unknown else [])
+    run_dir = Path(config.run_dir)
     for place, problem in gather((own.place, storage_problem(run_dir, is_first_of_node=own.local_rank == 0))):
         if problem is not None:
             findings.append(
                 error(f"{run_dir} {problem} on {place}: choose a run_dir on storage that all nodes share and may write")
             )
-    free_bytes, *_ = gather(_free_bytes(run_dir))
+    free_bytes = gather(_free_bytes(run_dir))[0]
     findings += of_room(free_bytes, needs=needs)
     offsets = clock_offsets(clock=clock)
     findings += of_clocks(offsets, ranks=facts)
     measured = [
         f"clocks within {max(offsets) - min(offsets):.3f} s; {free_bytes / 1e9:,.1f} GB free for {run_dir}, "
-        f"where a checkpoint takes {needs.checkpoint_bytes / 1e9:,.3f} GB"
+        f"where a checkpoint takes {size.num_bytes / 1e9:,.3f} GB"
     ]
     report = Report(facts=facts, findings=findings, measured=measured)
     if report.passed and len(facts) > 1:  # where there are errors GPUs may not be there at all
@@ -132,7 +148,7 @@ def _sum_up(report: Report) -> None:
     )
 
 
-def _join() -> None:
+def join() -> None:
     """Through the host: what may be wrong is the device."""
     if platform.launched():
         torch.distributed.init_process_group(backend="gloo", timeout=_TIMEOUT)
@@ -140,8 +156,8 @@ def _join() -> None:
         torch.distributed.init_process_group(backend="gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 
 
-def _plan(config: Config) -> tuple[int, str | None]:
-    """Bytes of a checkpoint; or why the run cannot be planned."""
+def checkpoint_size(config: Config) -> Size:
+    """By the plan of the run; no process group may exist yet."""
     try:
         ensure_data(config.data)
         source = open_source(config)
@@ -153,9 +169,9 @@ def _plan(config: Config) -> tuple[int, str | None]:
             world_size=platform.world_size(),
         )
     except (ValueError, OSError) as failure:
-        return 0, str(failure)
+        return Size(unknown=str(failure))
     of_each = _SAVED_BYTES[config.precision.dtype] + _AVERAGE_BYTES * (config.optimizer.ema_decay > 0)
-    return of_each * sum(planned.parameters.values()), None
+    return Size(num_bytes=of_each * sum(planned.parameters.values()))
 
 
 def _paths(config: Config) -> list[str]:

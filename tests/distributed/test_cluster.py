@@ -44,9 +44,10 @@ def test_two_nodes_with_one_fault_after_another(data: Path, tmp_path: Path) -> N
         "s ahead of node 0" in each and each.startswith("warning: the clock of node 1") for each in found["clock"]["findings"]
     )
     (elsewhere,) = errors(found["elsewhere"])
-    assert elsewhere.startswith(f"error: {run_dir} is not the directory of that name on the first node on node 1 (")
+    assert elsewhere.startswith(f"error: {empty}/second is not the directory of that name on the first node on node 1 (")
     assert any("index.json is not there on node 1" in each for each in errors(found["no data"]))
     assert any("a checkpoint takes " in each and "choose another run_dir" in each for each in errors(found["no room"]))
+    assert len(errors(found["no plan"])) == 1 and "nowhere" in errors(found["no plan"])[0]
     (apex,) = errors(found["apex"])
     assert apex.startswith("error: node 1 (") and "a package named apex (0.9, Pyramid toolkit)" in apex
     assert not found["apex"]["passed"] and len(found["apex"]["measured"]) == 1, "GPUs are not tried where something is wrong"
