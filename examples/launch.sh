@@ -70,6 +70,8 @@ launch_job() {
     bash examples/launch.sh "$@" &
   step=$!
   trap 'asked=1; kill -USR1 "$step"' USR1
+  # Of a preemption or a cancellation SLURM tells the tasks too, and puts a preempted job back by itself.
+  trap : TERM
   wait "$step" || status=$?
   # A signal ends `wait`, not what it waits for.
   while kill -0 "$step" 2>/dev/null; do

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,7 +59,7 @@ def stand_in(folder: Path, name: str, program: str) -> None:
     path.chmod(0o755)
 
 
-def environment(folder: Path, **settings: object) -> dict[str, str]:
+def environment(folder: Path, **settings: Any) -> dict[str, str]:
     """With the stand-ins first, and nothing of a scheduler that may have started the tests."""
     ours = ("SLURM_", "NNODES", "NPROC", "NODE_RANK", "MASTER_", "STAGE", "INIT_FROM", "SETUP", "CHECK", "LOG_DIR", "RANK")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
@@ -66,7 +67,7 @@ def environment(folder: Path, **settings: object) -> dict[str, str]:
     return {**inherited, "PATH": path, "PYTHONPATH": str(ROOT), **{name: str(value) for name, value in settings.items()}}
 
 
-def job(nodes: int, *, number: int = 4242) -> dict[str, object]:
+def job(nodes: int, *, number: int = 4242) -> dict[str, Any]:
     """What SLURM says to a batch script."""
     return {
         **{"SLURM_JOB_ID": number, "SLURM_JOB_NUM_NODES": nodes, "SLURM_NNODES": nodes, "SLURM_PROCID": 0},

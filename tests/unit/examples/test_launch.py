@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from tests.unit.examples.clusters import ROOT, environment, job, programs, stand_in
+from tests.unit.sweep.sweeps import wait_until
 
 __all__ = ["programs"]
 SCRIPT = "examples/pretrain_mmar_13b.sh"
 
 
-def run(programs: Path, *words: str, script: str | Path = SCRIPT, **settings: object) -> subprocess.CompletedProcess[str]:
+def run(programs: Path, *words: str, script: str | Path = SCRIPT, **settings: Any) -> subprocess.CompletedProcess[str]:
     settings = {"INIT_FROM": "scratch", "REQUEUED": programs / "requeued", **settings}
     command = ["bash", str(script), *words]
     return subprocess.run(
@@ -38,7 +41,7 @@ def test_one_node(programs: Path, tmp_path: Path) -> None:
 
 
 def test_a_node_of_several(programs: Path) -> None:
-    place = {"NNODES": 4, "NODE_RANK": 2, "MASTER_ADDR": "first", "NPROC": 4, "CHECK": 0, "LOG_DIR": "here"}
+    place: dict[str, Any] = {"NNODES": 4, "NODE_RANK": 2, "MASTER_ADDR": "first", "NPROC": 4, "CHECK": 0, "LOG_DIR": "here"}
     (train,) = started(run(programs, **place))
     assert train.startswith(
         "torchrun --nnodes 4 --node-rank 2 --master-addr first --master-port 29500 --nproc-per-node 4 --redirects 3 --tee 4:3 "
@@ -57,7 +60,7 @@ def test_settings(programs: Path, tmp_path: Path) -> None:
     (tmp_path / "site.sh").write_text("export NCCL_SOCKET_IFNAME=ib0\n")
     names = ["CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF", "NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "OMP_NUM_THREADS"]
     say = f"import resource; print([os.environ[n] for n in {names}], len(set(resource.getrlimit(resource.RLIMIT_NOFILE))))"
-    settings = {"CHECK": 0, "SETUP": tmp_path / "site.sh", "TORCHRUN": say, "NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": 2}
+    settings: dict[str, Any] = {"CHECK": 0, "SETUP": tmp_path / "site.sh", "TORCHRUN": say, "NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": 2}
     assert started(run(programs, **settings))[1] == "['1', 'expandable_segments:True', 'INFO', 'ib0', '2'] 1"
 
 
@@ -111,7 +114,7 @@ def test_a_job(programs: Path, tmp_path: Path) -> None:
 
 
 def test_srun_by_hand(programs: Path) -> None:
-    step = {"SLURM_STEP_ID": 1, "SLURM_NODEID": 1, "SLURM_STEP_NUM_NODES": 3, "SLURM_STEP_NODELIST": "n"}
+    step: dict[str, Any] = {"SLURM_STEP_ID": 1, "SLURM_NODEID": 1, "SLURM_STEP_NUM_NODES": 3, "SLURM_STEP_NODELIST": "n"}
     (train,) = started(run(programs, CHECK=0, **job(8), **step, SLURM_STEP_NUM_TASKS=3))
     assert train.startswith("torchrun --nnodes 3 --node-rank 1 --master-addr 127.0.0.1 ")
     done = run(programs, **job(8), **step, SLURM_STEP_NUM_TASKS=24)
@@ -131,3 +134,17 @@ def test_a_failed_job_goes_back_into_the_queue_if_it_has_got_on(programs: Path, 
     stand_in(programs, "srun", "")
     assert run(programs, "--run_dir", str(run_dir), **job(2, number=77)).returncode == 0
     assert (programs / "requeued").read_text() == "requeue 77\n"
+
+
+def test_signals_to_a_job(programs: Path, tmp_path: Path) -> None:
+    """A warning is passed on and the job put back; a preemption is left to SLURM, and the end of the tasks waited for."""
+    program = "import os, signal, sys, time; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0)); "
+    stand_in(programs, "srun", program + "open(os.environ['READY'], 'w').close(); time.sleep(3)")
+    for number, expected in ((signal.SIGUSR1, "requeue 78\n"), (signal.SIGTERM, "")):
+        ready, requeued = tmp_path / f"ready{number}", tmp_path / f"requeued{number}"
+        requeued.touch()
+        settings = {"INIT_FROM": "scratch", "READY": ready, "REQUEUED": requeued, **job(2, number=78)}
+        process = subprocess.Popen(["bash", str(ROOT / SCRIPT)], env=environment(programs, **settings))
+        wait_until(ready.exists)
+        process.send_signal(number)
+        assert process.wait(timeout=30) == 0 and requeued.read_text() == expected
