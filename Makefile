@@ -60,7 +60,7 @@ chaos: .venv/.complete ## kill a tiny run 100 times, damage its checkpoints, com
 test: .venv/.complete ## run every test
 	python -m pytest
 
-check: .venv/.complete ## formatting, lint and types
+check: .venv/.complete ## formatting, lint, types and shell scripts
 	ruff format --check
 	ruff check
 	mypy

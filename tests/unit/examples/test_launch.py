@@ -60,7 +60,8 @@ def test_settings(programs: Path, tmp_path: Path) -> None:
     (tmp_path / "site.sh").write_text("export NCCL_SOCKET_IFNAME=ib0\n")
     names = ["CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF", "NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "OMP_NUM_THREADS"]
     say = f"import resource; print([os.environ[n] for n in {names}], len(set(resource.getrlimit(resource.RLIMIT_NOFILE))))"
-    settings: dict[str, Any] = {"CHECK": 0, "SETUP": tmp_path / "site.sh", "TORCHRUN": say, "NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": 2}
+    settings: dict[str, Any] = {"CHECK": 0, "SETUP": tmp_path / "site.sh", "TORCHRUN": say, "OMP_NUM_THREADS": 2}
+    settings["NCCL_DEBUG"] = "INFO"
     assert started(run(programs, **settings))[1] == "['1', 'expandable_segments:True', 'INFO', 'ib0', '2'] 1"
 
 
@@ -104,13 +105,13 @@ def test_tiny(programs: Path) -> None:
 def test_a_job(programs: Path, tmp_path: Path) -> None:
     """sbatch runs a copy of the script in a folder of its own; the tasks meet on the first node of the list."""
     copy = Path(shutil.copy(ROOT / SCRIPT, tmp_path / "slurm_script"))
-    lines = started(run(programs, script=copy, CHECK=0, **job(2, number=4242)))
+    lines = started(run(programs, script=copy, CHECK=0, **job(2, number=1_204_242)))
     assert len(lines) == 2 and not (programs / "requeued").exists()
     for node, line in enumerate(sorted(lines)):
         assert line.startswith(
             f"torchrun --nnodes 2 --node-rank {node} --master-addr 127.0.0.1 --master-port 24242 --nproc-per-node 8 "
         )
-        assert re.search(rf"--log-dir runs/mmar_13b_stage1-logs/node_{node}/\d+-\d+-job4242 ", line)
+        assert re.search(rf"--log-dir runs/mmar_13b_stage1-logs/node_{node}/\d+-\d+-job1204242 ", line)
 
 
 def test_srun_by_hand(programs: Path) -> None:
@@ -138,13 +139,15 @@ def test_a_failed_job_goes_back_into_the_queue_if_it_has_got_on(programs: Path, 
 
 def test_signals_to_a_job(programs: Path, tmp_path: Path) -> None:
     """A warning is passed on and the job put back; a preemption is left to SLURM, and the end of the tasks waited for."""
-    program = "import os, signal, sys, time; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0)); "
-    stand_in(programs, "srun", program + "open(os.environ['READY'], 'w').close(); time.sleep(3)")
+    program = "import os, signal, sys, time; touch = lambda name: open(os.environ[name], 'w').close(); "
+    program += "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(touch('TOLD'))); touch('READY'); time.sleep(3)"
+    stand_in(programs, "srun", program)
     for number, expected in ((signal.SIGUSR1, "requeue 78\n"), (signal.SIGTERM, "")):
-        ready, requeued = tmp_path / f"ready{number}", tmp_path / f"requeued{number}"
+        ready, told, requeued = (tmp_path / f"{name}{number}" for name in ("ready", "told", "requeued"))
         requeued.touch()
-        settings = {"INIT_FROM": "scratch", "READY": ready, "REQUEUED": requeued, **job(2, number=78)}
+        settings = {"INIT_FROM": "scratch", "READY": ready, "TOLD": told, "REQUEUED": requeued, **job(2, number=78)}
         process = subprocess.Popen(["bash", str(ROOT / SCRIPT)], env=environment(programs, **settings))
         wait_until(ready.exists)
         process.send_signal(number)
         assert process.wait(timeout=30) == 0 and requeued.read_text() == expected
+        assert told.exists() == (number == signal.SIGUSR1)
