@@ -38,7 +38,7 @@ launch() {
 
 # launch_stage MODEL OPTION...: a stage of the paper's with the model of configs/MODEL.yaml.
 launch_stage() {
-  local model=$1 stage=${STAGE:-1} init_from made_by
+  local model=$1 stage=${STAGE:-1} init_from made_by run_dir
   shift
   case $stage in
     1) init_from=models/$model made_by="tools/convert_ckpt.py from-hf (docs/cluster.md)" ;;
@@ -46,14 +46,16 @@ launch_stage() {
     *) fail "STAGE is $stage, but must be 1 or 2." ;;
   esac
   init_from=${INIT_FROM:-$init_from}
+  set -- --run_dir "runs/${model}_stage$stage" "$@"
+  run_dir=$(value_of --run_dir "$@")
   if [[ $init_from != scratch ]]; then
-    [[ -e $init_from || " $* " == *" --dry_run "* ]] ||
+    [[ -e $init_from || -d $run_dir/checkpoints || " $* " == *" --dry_run "* ]] ||
       fail "$init_from, the weights to begin with, is not there: make it by $made_by, or set INIT_FROM to a path or scratch."
     set -- --checkpoint.init_from "$init_from" "$@"
   fi
   export NPROC=${NPROC:-${SLURM_GPUS_ON_NODE:-8}}
   launch --config "examples/configs/$model.yaml" --config "examples/configs/data_stage$stage.yaml" \
-    --config "examples/configs/stage$stage.yaml" --run_dir "runs/${model}_stage$stage" "$@"
+    --config "examples/configs/stage$stage.yaml" "$@"
 }
 
 # --- SLURM ----------------------------------------------------------------------------------------------------------------------
@@ -121,7 +123,7 @@ launch_node() {
   place+=(--nproc-per-node "$nproc" --redirects 3 --tee "$((${NODE_RANK:-0} == nnodes - 1 ? nproc - 1 : nproc)):3")
   place+=(--signals-to-handle "SIGTERM,SIGINT,SIGUSR1")
   if [[ ${CHECK:-1} != 0 ]]; then
-    torchrun "${place[@]}" --log-dir "$logs/check" tools/check_cluster.py "$@"
+    torchrun "${place[@]}" --log-dir "$logs/check" tools/check_cluster.py "$@" || exit
   fi
   exec torchrun "${place[@]}" --log-dir "$logs" pretrain_mmar.py "$@"
 }
