@@ -11,11 +11,24 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from mmar_megatron import parallel, platform
-from mmar_megatron.cluster.checking import checkpoint_size, join, look
+from mmar_megatron.cluster.checking import Size, checkpoint_size, join, look
 from mmar_megatron.config import Config
 from tests.distributed.common import command
+
+_ALL_REDUCE = torch.distributed.all_reduce
+
+
+def adds_wrongly(values: Tensor, *, group: ProcessGroup | None) -> None:
+    """In one place."""
+    _ALL_REDUCE(values, group=group)
+    values[0] += 1
 
 
 def main() -> None:
@@ -29,7 +42,9 @@ def main() -> None:
 
     good, huge = config(), config("--model.backbone.hidden_size", "32768", "--model.backbone.num_layers", "800")
     relative, elsewhere = config("--data.path", os.path.relpath(data)), config(run_dir=empty / "second" if second else run_dir)
-    size, huge_size, no_size = (checkpoint_size(each) for each in (good, huge, config("--data.path", "nowhere")))
+    size, huge_size, no_size = (
+        Size() if second else checkpoint_size(each) for each in (good, huge, config("--data.path", "nowhere"))
+    )
     join()
 
     def report(name: str, config: Config, **settings: Any) -> None:
@@ -40,6 +55,8 @@ def main() -> None:
 
     report("good", good, size=size)
     report("clock", good, size=size, clock=lambda: time.time() + 30 * second)
+    with mock.patch("torch.distributed.all_reduce", adds_wrongly if second else torch.distributed.all_reduce):
+        report("sum", good, size=size)
     report("elsewhere", elsewhere, size=size)
     report("no room", huge, size=huge_size)
     report("no plan", good, size=no_size)

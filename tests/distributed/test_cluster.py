@@ -43,6 +43,8 @@ def test_two_nodes_with_one_fault_after_another(data: Path, tmp_path: Path) -> N
     assert any(
         "s ahead of node 0" in each and each.startswith("warning: the clock of node 1") for each in found["clock"]["findings"]
     )
+    (wrong,) = errors(found["sum"])
+    assert wrong.startswith("error: a sum over all ranks is wrong on GPU 0 of node 1 (") and not found["sum"]["passed"]
     (elsewhere,) = errors(found["elsewhere"])
     assert elsewhere.startswith(f"error: {empty}/second is not the directory of that name on the first node on node 1 (")
     assert any("index.json is not there on node 1" in each for each in errors(found["no data"]))
