@@ -116,7 +116,7 @@ def look(config: Config, *, size: Size, clock: Callable[[], float] = time.time) 
     for place, problem in gather((own.place, storage_problem(run_dir, is_first_of_node=own.local_rank == 0))):
         if problem is not None:
             findings.append(
-                error(f"{run_dir} {problem} on {place}: choose a run_dir on storage that all nodes share and may write")
+                error(f"on {place} {run_dir} {problem}: choose a run_dir on storage that all nodes share and may write")
             )
     free_bytes = gather(_free_bytes(run_dir))[0]
     findings += of_room(free_bytes, needs=needs)

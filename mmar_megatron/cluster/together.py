@@ -73,7 +73,7 @@ def _problem_elsewhere(file: Path) -> str | None:
             break
         time.sleep(_ATTEMPT_S)
     else:
-        return "is not the directory of that name on the first node"
+        return "does not show what the first node writes there"
     own = file.with_name(f"{file.name}_{torch.distributed.get_rank()}")
     try:
         own.touch()
