@@ -60,10 +60,11 @@ chaos: .venv/.complete ## kill a tiny run 100 times, damage its checkpoints, com
 test: .venv/.complete ## run every test
 	python -m pytest
 
-check: .venv/.complete ## formatting, lint and types
+check: .venv/.complete ## formatting, lint, types and shell scripts
 	ruff format --check
 	ruff check
 	mypy
+	shellcheck examples/*.sh examples/*/*.sh .ci/run
 
 format: .venv/.complete ## put the code into its format, with what lint can mend by itself
 	ruff format

@@ -61,6 +61,31 @@ def seconds_between(start: Any, end: Any) -> float:
     return start.elapsed_time(end) / 1000 if HAS_CUDA else end - start
 
 
+def devices() -> tuple[str, ...]:
+    """Names of this machine's devices that the process may use; none on CPU."""
+    return tuple(map(torch.cuda.get_device_name, range(torch.cuda.device_count()))) if HAS_CUDA else ()
+
+
+def device_memory(number: int) -> tuple[int, int]:
+    """Bytes of a device's memory that are free, and all of them."""
+    return torch.cuda.mem_get_info(number)
+
+
+def device_versions() -> dict[str, str]:
+    """Of the libraries below torch; empty on CPU."""
+    if not HAS_CUDA:
+        return {}
+    return {"CUDA": str(torch.version.cuda), "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
+
+
+def reorders_launches(number: int) -> bool:
+    """Whether kernels of a device may overtake each other, which undoes megatron-core's overlap under tensor parallelism.
+
+    Before Blackwell (compute capability 10) they may, unless all go through one queue.
+    """
+    return torch.cuda.get_device_capability(number) < (10, 0) and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1"
+
+
 def peak_memory_bytes() -> int | None:
     """Largest device memory in use so far; None on CPU."""
     return torch.cuda.max_memory_allocated() if HAS_CUDA else None
@@ -90,6 +115,11 @@ def launched() -> bool:
 def world_size() -> int:
     """Processes that the launcher started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """Of this process among them."""
+    return int(os.environ.get("RANK", 0))
 
 
 def choose_device() -> None:

@@ -1,7 +1,7 @@
 """Which way imports run, and which file alone may speak to a foreign library. Reads the source, imports nothing.
 
     config, platform, progress <- parallel <- diffusion, data, model, engine <- inference, scaling, evaluation <- training
-                                           <- pretrain_mmar.py, hf <- generation <- chaos, benchmarks, sweep, demo, tools
+                                           <- pretrain_mmar.py, hf <- generation <- chaos, benchmarks, sweep, demo, cluster, tools
 
 `diffusion`, `data`, `model` and `engine` do not import each other, with two exceptions: `model` uses `diffusion`; and the
 contract between the loader and the model, `data.batch`, is open to `model` and `engine`. `hf` converts checkpoints and may see
@@ -40,11 +40,12 @@ ALLOWED: dict[str, set[str]] = {
     "generation": CORE | {"training", "hf"},
     "demo": CORE | {"training", "hf", "generation"},
     "sweep": CORE | {"training", "scaling"},
+    "cluster": CORE | {"training", "scaling"},
     "chaos": BASE | {"training.metrics"},
     "benchmarks": CORE | {"training", "inference", "scaling", "evaluation", "hf", "generation"},
     "pretrain_mmar": CORE | {"training", "inference", "scaling", "evaluation"},
     "tools": CORE
-    | {"training", "inference", "scaling", "evaluation", "hf", "generation", "demo", "chaos", "benchmarks", "sweep"},
+    | {"training", "inference", "scaling", "evaluation", "hf", "generation", "demo", "chaos", "benchmarks", "sweep", "cluster"},
 }
 
 # A word that may stand as part of a dotted name in one file alone.
