@@ -94,6 +94,9 @@ class ModelConfig:
     embedding_vit: EmbeddingViTConfig = field(default_factory=EmbeddingViTConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    attention: Literal["dense", "flex"] = "dense"
+    """Of the backbone. `dense`: torch's fused kernels under a mask of all pairs; `flex`: FlexAttention on a GPU, which leaves out
+    what the mask leaves empty."""
     tie_embeddings: bool = True
     """Share the word embeddings with the output layer."""
     rotary_base: float = 10000.0

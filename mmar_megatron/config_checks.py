@@ -141,6 +141,8 @@ def _check_model(cfg: Namespace) -> None:
         width % 2 == 0,
         f"A head is {width} channels wide, which the rotary embedding cannot halve: change model.backbone.kv_channels.",
     )
+    if model.attention == "flex":
+        _check_flex(backbone, width=width)
     _divides(cfg, "model.embedding_vit.hidden_size", "model.embedding_vit.num_attention_heads")
     _require(
         model.alignment_loss_weight == 0 or model.alignment_features > 0,
@@ -157,6 +159,18 @@ def _check_model(cfg: Namespace) -> None:
         cfg.preview.sampling_steps <= model.diffusion.num_timesteps,
         f"preview.sampling_steps {cfg.preview.sampling_steps} is more than the model.diffusion.num_timesteps "
         f"{model.diffusion.num_timesteps} there are: lower it.",
+    )
+
+
+def _check_flex(backbone: Namespace, *, width: int) -> None:
+    _require(
+        backbone.attention_dropout == 0,
+        "model.attention flex knows no dropout: set model.backbone.attention_dropout 0, or model.attention dense.",
+    )
+    _require(
+        width >= 16,
+        f"model.attention flex takes heads of at least 16 channels, and they have {width}: change model.backbone.kv_channels, or "
+        "set model.attention dense.",
     )
 
 
@@ -310,3 +324,15 @@ def validate_world(config: Config, *, world_size: int) -> None:
             f"The interleaved schedule needs the number of microbatches "
             f"({microbatches}) to be a multiple of parallel.pipeline_model_parallel_size: change train.global_batch_size.",
         )
+
+
+def validate_machine(config: Config, *, has_cuda: bool) -> None:
+    """Refuse what this machine cannot compute; a run can be planned on any.
+
+    Raises:
+        ValueError: as it says.
+    """
+    _require(
+        has_cuda or config.model.attention == "dense",
+        f"model.attention {config.model.attention} needs a GPU, for torch has no backward pass of it on a CPU: set it to dense.",
+    )

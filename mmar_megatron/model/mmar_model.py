@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,7 @@ from mmar_megatron.diffusion.parameterization import Parameterization, check_com
 from mmar_megatron.diffusion.schedule import NoiseSchedule
 from mmar_megatron.model.attention import attention_bias, kept_allowed, mixed_attention_allowed, rotary_angles
 from mmar_megatron.model.embedding import MultimodalEmbedding
+from mmar_megatron.model.flex import mixed_block_mask
 from mmar_megatron.model.head import DiffusionHead
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.model.initialization import initialize_backbone, seeded
@@ -156,7 +158,7 @@ class MMARModel(LanguageModule):
         with self._attending_to(cache):
             h_SBD = self.decoder(
                 hidden_states=self.embedding(batch) if self.pre_process else None,
-                attention_mask=attention_bias(_allowed(batch, cache), dtype=backbone.params_dtype),
+                **self._mask(batch, cache),
                 rotary_pos_emb=rotary_angles(
                     batch.position_ids_BS,
                     head_dim=backbone.kv_channels,
@@ -168,6 +170,14 @@ class MMARModel(LanguageModule):
             return h_SBD
         h_SBD = self._enter_heads(h_SBD)
         return h_SBD if return_hidden else self._losses(h_SBD, batch=batch)
+
+    def _mask(self, batch: Batch, cache: KeyValueCache | None) -> dict[str, Any]:
+        """The mask of all layers, as `MixedAttention` takes it."""
+        # Passes with a cache are short and of ever other lengths, for each of which a kernel would be compiled.
+        if self.settings.attention == "flex" and cache is None:
+            block_mask = mixed_block_mask(document_ids_BS=batch.document_ids_BS, span_ids_BS=batch.span_ids_BS)
+            return {"attention_mask": None, "attention_bias": block_mask}
+        return {"attention_mask": attention_bias(_allowed(batch, cache), dtype=self.settings.backbone.params_dtype)}
 
     @contextmanager
     def _attending_to(self, cache: KeyValueCache | None) -> Iterator[None]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from mmar_megatron.config import parse_command_line
-from mmar_megatron.config_checks import validate_world
+from mmar_megatron.config_checks import validate_machine, validate_world
 from tests.unit.command_line import INTERLEAVED, PP2, TP2, parse, share_parser
 
 
@@ -44,6 +44,14 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "whole parameters offloaded": (
         [ZERO, "--deepspeed.offload_parameters=true"],
         r"offload_parameters needs zero_stage 3: raise it",
+    ),
+    "dropout in FlexAttention": (
+        ["--model.attention=flex", "--model.backbone.attention_dropout=0.1", "--model.backbone.kv_channels=16"],
+        r"attention flex knows no dropout: set model\.backbone\.attention_dropout 0, or model\.attention dense",
+    ),
+    "narrow heads in FlexAttention": (
+        ["--model.attention=flex", "--model.backbone.kv_channels=14"],
+        r"heads of at least 16 channels, and they have 14: change model\.backbone\.kv_channels",
     ),
     "auto-encoder from nowhere": (["--data.codec.kind=vae"], r"kind is vae: give data\.codec\.path"),
     "auto-encoder for patches": (["--data.codec.path=vae"], r"data\.codec\.path is for data\.codec\.kind vae: leave it out"),
@@ -234,6 +242,7 @@ def test_sizes_of_the_backbone_must_be_given(name: str) -> None:
         ["--data.sequence_length=69"],
         ["--checkpoint.init_from=a", "--resume=never"],
         ["--model.alignment_loss_weight=1", "--model.alignment_features=8"],
+        ["--model.attention=flex", "--model.backbone.kv_channels=16"],
     ],
 )
 def test_what_only_just_fits_is_accepted(options: list[str]) -> None:
@@ -262,3 +271,25 @@ def test_a_number_of_processes_that_does_not_fit(options: list[str], world_size:
 @pytest.mark.parametrize(("options", "world_size"), [([], 1), ([], 4), (TP2, 2), (TP2, 8), ([*TP2, *PP2], 16), (INTERLEAVED, 2)])
 def test_a_number_of_processes_that_fits(options: list[str], world_size: int) -> None:
     validate_world(parse(*options).config, world_size=world_size)
+
+
+NEEDS_A_GPU = {
+    "FlexAttention": (
+        ["--model.attention=flex", "--model.backbone.kv_channels=16"],
+        r"attention flex needs a GPU, .*: set it to dense",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", NEEDS_A_GPU)
+def test_what_needs_a_gpu_is_refused_without_one(what: str) -> None:
+    options, message = NEEDS_A_GPU[what]
+    config = parse(*options).config
+    validate_machine(config, has_cuda=True)
+    with pytest.raises(ValueError, match=message) as refused:
+        validate_machine(config, has_cuda=False)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_default_needs_no_gpu() -> None:
+    validate_machine(parse().config, has_cuda=False)
