@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
@@ -43,6 +44,8 @@ NOT_OURS = {
     "window_size": (None, "attention reaches over the whole sequence"),
     "num_moe_experts": (None, "the backbone is dense"),
     "multi_latent_attention": (False, "attention is grouped-query attention"),
+    "fp8_dot_product_attention": (False, "FP8 is for matrix products with weights"),
+    "fp8_multi_head_attention": (False, "FP8 is for matrix products with weights"),
 }
 """Fields of megatron-core's that would be ignored, and what holds in their place."""
 OTHER_SPLITS = (
@@ -50,6 +53,9 @@ OTHER_SPLITS = (
     *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
 )
 """Fields of megatron-core's that say what `parallel.pipeline_split` says too."""
+
+FP8_MULTIPLE = 16
+"""Of both sides of each matrix, which Transformer Engine's FP8 kernels ask for."""
 
 
 def validate(cfg: Namespace) -> None:
@@ -63,6 +69,7 @@ def validate(cfg: Namespace) -> None:
     _check_layout(cfg)
     _check_pipeline(cfg)
     _check_data(cfg)
+    _check_precision(cfg)
     if cfg.engine == "deepspeed":
         _check_deepspeed(cfg)
     _divides(cfg, "train.global_batch_size", "train.micro_batch_size")
@@ -89,6 +96,11 @@ def _check_deepspeed(cfg: Namespace) -> None:
     )
     for option in ("overlap_grad_reduce", "overlap_param_gather"):
         _require(not parallel[option], f"parallel.{option} is megatron-core's: leave it out with engine deepspeed.")
+    # Its own loop would not tell Transformer Engine's layers when weights have changed.
+    _require(
+        cfg.model.backbone.transformer_impl == "local",
+        "engine deepspeed trains megatron-core's own layers: set model.backbone.transformer_impl local, or engine native.",
+    )
     _require(
         cfg.optimizer.ema_decay == 0,
         "engine deepspeed keeps no moving average of the weights: set optimizer.ema_decay 0, or use the engine native.",
@@ -172,6 +184,55 @@ def _check_flex(backbone: Namespace, *, width: int) -> None:
         f"model.attention flex takes heads of at least 16 channels, and they have {width}: change model.backbone.kv_channels, or "
         "set model.attention dense.",
     )
+
+
+def _check_precision(cfg: Namespace) -> None:
+    backbone, fp8 = cfg.model.backbone, cfg.precision.fp8
+    _require(
+        backbone.transformer_impl in ("local", "transformer_engine"),
+        f"model.backbone.transformer_impl {backbone.transformer_impl} is for serving: set local or transformer_engine.",
+    )
+    for option in ("fp8_param", "fp4"):
+        _require(not backbone[option], f"model.backbone.{option} is not for these weights, which stay in bf16: leave it out.")
+    if fp8 == "off":
+        _require(
+            not backbone.first_last_layers_bf16,
+            "model.backbone.first_last_layers_bf16 spares layers from FP8, and precision.fp8 is off: leave it out.",
+        )
+        return
+    _require(
+        backbone.transformer_impl == "transformer_engine",
+        f"precision.fp8 {fp8} is for Transformer Engine's layers: set model.backbone.transformer_impl transformer_engine.",
+    )
+    _require(cfg.precision.dtype == "bf16", f"precision.fp8 {fp8} is for bf16 weights: set precision.dtype bf16.")
+    _require(
+        fp8 != "delayed" or not backbone.first_last_layers_bf16,
+        "precision.fp8 delayed is for all layers: leave out model.backbone.first_last_layers_bf16, or set fp8 tensorwise.",
+    )
+    for what, size, option in _fp8_sides(cfg):
+        _require(
+            size % FP8_MULTIPLE == 0,
+            f"FP8 multiplies matrices whose sides are multiples of {FP8_MULTIPLE}, and {what} {size}: change {option}.",
+        )
+
+
+def _fp8_sides(cfg: Namespace) -> Iterator[tuple[str, int, str]]:
+    """Of the matrices that one rank multiplies in a layer: what is, how many, and the option that changes it."""
+    backbone, parallel = cfg.model.backbone, cfg.parallel
+    ranks = parallel.tensor_model_parallel_size
+    on_each = f" on each of {ranks} tensor-parallel ranks" if ranks > 1 else ""
+    heads, groups = backbone.num_attention_heads, backbone.num_query_groups or backbone.num_attention_heads
+    channels = backbone.kv_channels or backbone.hidden_size // heads
+    ffn = 4 * backbone.hidden_size if backbone.ffn_hidden_size is None else backbone.ffn_hidden_size
+    yield "the hidden size is", backbone.hidden_size, "model.backbone.hidden_size"
+    yield f"the heads' channels{on_each} are", heads * channels // ranks, "model.backbone.kv_channels"
+    yield f"queries, keys and values{on_each} are", (heads + 2 * groups) * channels // ranks, "model.backbone.kv_channels"
+    yield f"the feed-forward size{on_each} is", ffn // ranks, "model.backbone.ffn_hidden_size"
+    positions = cfg.train.micro_batch_size * cfg.data.sequence_length
+    if parallel.sequence_parallel:
+        yield f"the positions of a microbatch{on_each} are", positions // ranks, "train.micro_batch_size or data.sequence_length"
+    else:
+        yield "the positions of a microbatch are", positions, "train.micro_batch_size or data.sequence_length"
 
 
 def _check_layout(cfg: Namespace) -> None:
@@ -326,13 +387,29 @@ def validate_world(config: Config, *, world_size: int) -> None:
         )
 
 
-def validate_machine(config: Config, *, has_cuda: bool) -> None:
+def validate_machine(config: Config, *, compute_capability: tuple[int, int] | None) -> None:
     """Refuse what this machine cannot compute; a run can be planned on any.
+
+    Args:
+        compute_capability: of its GPUs; None: it has none.
 
     Raises:
         ValueError: as it says.
     """
+    model, fp8 = config.model, config.precision.fp8
+    if compute_capability is None:
+        _require(
+            model.attention == "dense",
+            f"model.attention {model.attention} needs a GPU, for torch has no backward pass of it on a CPU: set it to dense.",
+        )
+        _require(fp8 == "off", f"precision.fp8 {fp8} needs a GPU: set it to off.")
+        _require(
+            model.backbone.transformer_impl == "local",
+            "model.backbone.transformer_impl transformer_engine needs a GPU: set it to local.",
+        )
+        return
+    major, minor = compute_capability
     _require(
-        has_cuda or config.model.attention == "dense",
-        f"model.attention {config.model.attention} needs a GPU, for torch has no backward pass of it on a CPU: set it to dense.",
+        fp8 == "off" or compute_capability >= (9, 0),
+        f"precision.fp8 {fp8} needs a GPU of compute capability 9.0 (Hopper) or more, and this has {major}.{minor}: set it off.",
     )

@@ -112,6 +112,8 @@ def _one_process(config_yaml: Path) -> Config:
         *("--model.backbone.num_layers_in_last_pipeline_stage", "null"),
         *("--engine", "native", "--model.backbone.account_for_embedding_in_pipeline_split", "false"),
         *("--model.backbone.account_for_loss_in_pipeline_split", "false", "--model.attention", "dense"),
+        *("--model.backbone.transformer_impl", "local", "--precision.fp8", "off"),
+        *("--model.backbone.first_last_layers_bf16", "false"),
     ]
     return parse_command_line(["--config", str(config_yaml), *layout]).config
 

@@ -45,6 +45,9 @@ from mmar_megatron.model.losses import LossSums, bucketed
 from mmar_megatron.model.vision import Projector
 from mmar_megatron.parallel import ParallelGroups
 
+_SCALES = "_extra_state"
+"""How the names end under which Transformer Engine's modules keep scales of FP8, pickled."""
+
 
 class MMARModel(LanguageModule):
     """One pipeline stage of MMAR (all of it without pipeline parallelism).
@@ -104,6 +107,7 @@ class MMARModel(LanguageModule):
         if self.post_process:
             self._build_heads(channels=geometry.channels, vocab_size=padded, seed=seed)
         self.to(dtype=config.backbone.params_dtype)
+        self.register_load_state_dict_post_hook(_without_scales)
         if draw_weights:
             if self.pre_process or self.post_process:
                 self.setup_embeddings_and_output_layer()  # marks the tied weights, and makes them equal on first and last stage
@@ -143,6 +147,11 @@ class MMARModel(LanguageModule):
         """Called by megatron-core's schedules: the previous stage's output."""
         self.decoder.set_input_tensor(input_tensor[0])
 
+    def sharded_state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+        """megatron-core's, without what is no weight: scales of FP8, and room for them, of whatever modules the layers are."""
+        state = super().sharded_state_dict(*args, **options)
+        return {name: value for name, value in state.items() if not name.endswith(_SCALES)}
+
     def forward(self, batch: Batch, *, return_hidden: bool = False, cache: KeyValueCache | None = None) -> Tensor | LossSums:
         """One stage's forward pass.
 
@@ -155,7 +164,7 @@ class MMARModel(LanguageModule):
             On the last stage `LossSums`, or [S, B, D] with `return_hidden`; on the others the hidden states for the next.
         """
         backbone = self.settings.backbone
-        with self._attending_to(cache):
+        with self._attending_to(cache), self._fp8_in_training_alone():
             h_SBD = self.decoder(
                 hidden_states=self.embedding(batch) if self.pre_process else None,
                 **self._mask(batch, cache),
@@ -189,6 +198,16 @@ class MMARModel(LanguageModule):
         finally:
             for attention in attentions:
                 attention.cache = None
+
+    @contextmanager
+    def _fp8_in_training_alone(self) -> Iterator[None]:
+        """Evaluation and painting compute what an exported model does, and their rows need not be whole tiles of FP8 kernels."""
+        backbone, fp8 = self.settings.backbone, self.settings.backbone.fp8
+        backbone.fp8 = fp8 if self.training else None  # megatron-core asks it in each forward pass
+        try:
+            yield
+        finally:
+            backbone.fp8 = fp8
 
     def _enter_heads(self, h_SBD: Tensor) -> Tensor:
         """Full hidden states on each tensor-parallel rank; backward sums the ranks' gradients, which from here on are parts."""
@@ -276,6 +295,11 @@ class MMARModel(LanguageModule):
         # MAR's sinusoids span 1,000 levels; another number of levels is brought to that scale.
         scale = 1000 / self.schedule.num_timesteps
         return self.diffusion_head(x_KRC, timestep_KR=timestep_KR * scale, z_KZ=z_KZ)
+
+
+def _without_scales(model: nn.Module, incompatible: Any) -> None:
+    """Scales of FP8 are not kept in checkpoints: where they are missing, nothing is."""
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not name.endswith(_SCALES)]
 
 
 def _allowed(batch: Batch, cache: KeyValueCache | None) -> Tensor:

@@ -32,7 +32,7 @@ def build_engine(config: Config, *, source: DataSource, groups: ParallelGroups) 
     Raises:
         ValueError: this machine cannot compute what is asked for.
     """
-    validate_machine(config, has_cuda=platform.HAS_CUDA)
+    validate_machine(config, compute_capability=platform.compute_capability())
     model = build_model(
         config.model,
         geometry=ImageGeometry.of(source.codec),

@@ -49,6 +49,7 @@ def model_config(*, gated: bool = True) -> ModelConfig:
         ffn_hidden_size=56,
         gated_linear_unit=gated,
         use_cpu_initialization=True,
+        transformer_impl="local",
         hidden_dropout=0.0,
         attention_dropout=0.0,
     )
