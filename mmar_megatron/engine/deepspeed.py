@@ -137,6 +137,11 @@ class DeepSpeedEngine:
         """The model, which is whole."""
         return self.model
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """How many layers it has."""
+        return (len(self.model.decoder.layers),)
+
     # --- learning ---------------------------------------------------------------------------------------------------------------
 
     def train_step(self, microbatches: Sequence[Batch], *, learning_rate: float, judge: Judge = finite) -> StepResult:

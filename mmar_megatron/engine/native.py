@@ -83,6 +83,11 @@ class NativeEngine:
         model = self.chunks[-1].module
         return model if model.post_process else None
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """How many layers each model chunk of this rank has."""
+        return tuple(len(chunk.module.decoder.layers) for chunk in self.chunks)
+
     # --- learning ---------------------------------------------------------------------------------------------------------------
 
     def train_step(self, microbatches: Sequence[Batch], *, learning_rate: float, judge: Judge = finite) -> StepResult:

@@ -23,7 +23,8 @@ from mmar_megatron.model.losses import NUM_BUCKETS, LossSums
 from mmar_megatron.model.mmar_model import padded_vocab_size
 from mmar_megatron.parallel import ParallelGroups
 from mmar_megatron.scaling.expected import RowMeans
-from mmar_megatron.scaling.flops import ModelShape, StepCounts, peak_flops, step_flops
+from mmar_megatron.scaling.flops import ModelShape, Peaks, StepCounts, step_flops
+from mmar_megatron.scaling.split import max_repeated_layers
 from mmar_megatron.training import checkpoint
 from mmar_megatron.training.building import build_loader
 from mmar_megatron.training.checkpoint import Progress
@@ -78,6 +79,7 @@ class Trainer:
             token_channels=source.codec.channels,
             condition_width=config.model.head.width,
         )
+        self.repeated_layers = self._count_repeated_layers()
         self.microbatches = config.train.global_batch_size // (config.train.micro_batch_size * groups.data.size())
         self._keep_config()
 
@@ -95,7 +97,7 @@ class Trainer:
         line = ProgressLine(first_step=self.progress.step, total_steps=total)
         throughput = Throughput(
             num_devices=torch.distributed.get_world_size(),
-            peak_flops=peak_flops(platform.device_name(), dtype=config.precision.dtype),
+            peaks=Peaks.of(platform.device_name(), precision=config.precision, backbone=config.model.backbone),
         )
         counts_in_window = torch.zeros(3, device=platform.device())
         stop = None
@@ -195,6 +197,14 @@ class Trainer:
             "mend the data, lower optimizer.lr, or raise train.max_bad_steps."
         )
 
+    def _count_repeated_layers(self) -> int:
+        """Of the whole model, those whose forward pass full recomputation repeats."""
+        most = max_repeated_layers(self.config.model.backbone)
+        own = sum(min(layers, most) for layers in self.engine.layers)
+        of_stages = torch.tensor(own, device=platform.device())
+        torch.distributed.all_reduce(of_stages, group=self.groups.pipeline)
+        return int(of_stages)
+
     # --- reports ----------------------------------------------------------------------------------------------------------------
 
     def _metrics(self, result: StepResult, *, learning_rate: float) -> dict[str, float | None]:
@@ -245,8 +255,9 @@ class Trainer:
                 labels=int(counts.text),
                 masked=int(counts.image),
             ),
+            repeated_layers=self.repeated_layers,
         )
-        throughput.count(steps=now.step - before.step, samples=samples, tokens=tokens, flops=flops.model)
+        throughput.count(steps=now.step - before.step, samples=samples, tokens=tokens, flops=flops)
         counts_in_window.zero_()
         self._counted = self.progress
 
