@@ -270,6 +270,8 @@ class TrainConfig:
     global_batch_size: int = 8
     """Sequences in one optimizer step."""
     log_every: int = 10
+    profile: str | None = None
+    """`A:B`: profile steps A to B, into `run_dir`/profile."""
     max_bad_steps: int = 10
     """Stop after as many skipped steps in a row, with a diagnosis; 0: never."""
     spike_zscore: float = 0.0

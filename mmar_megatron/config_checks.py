@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,7 @@ def validate(cfg: Namespace) -> None:
     _check_precision(cfg)
     if cfg.engine == "deepspeed":
         _check_deepspeed(cfg)
+    _check_profile(cfg.train)
     _divides(cfg, "train.global_batch_size", "train.micro_batch_size")
     _require(
         cfg.checkpoint.init_from is None or cfg.resume in ("auto", "never"),
@@ -85,6 +87,19 @@ def validate(cfg: Namespace) -> None:
     _require(
         cfg.checkpoint.init_from or not cfg.checkpoint.init_from_average,
         "checkpoint.init_from_average needs checkpoint.init_from: give that too.",
+    )
+
+
+def _check_profile(train: Namespace) -> None:
+    if train.profile is None:
+        return
+    written = re.fullmatch(r"(\d+):(\d+)", train.profile, flags=re.ASCII)
+    _require(written, f"train.profile {train.profile} is not of the form A:B: give the first and the last step to profile.")
+    assert written is not None
+    first, last = map(int, written.groups())
+    _require(
+        1 <= first <= last <= train.steps,
+        f"train.profile {train.profile} is not a range of the steps 1 to {train.steps} of the run: change it, or train.steps.",
     )
 
 

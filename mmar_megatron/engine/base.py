@@ -108,8 +108,8 @@ class Engine(Protocol):
         """The model chunk that holds the heads, where it is on this rank."""
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        """How many layers each model chunk of this rank has."""
+    def models(self) -> Sequence[MMARModel]:
+        """The model chunks of this rank."""
 
     @property
     def has_average(self) -> bool:

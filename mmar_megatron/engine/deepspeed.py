@@ -138,9 +138,9 @@ class DeepSpeedEngine:
         return self.model
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        """How many layers it has."""
-        return (len(self.model.decoder.layers),)
+    def models(self) -> Sequence[MMARModel]:
+        """The model, which is whole."""
+        return [self.model]
 
     # --- learning ---------------------------------------------------------------------------------------------------------------
 

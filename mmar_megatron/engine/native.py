@@ -84,9 +84,9 @@ class NativeEngine:
         return model if model.post_process else None
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        """How many layers each model chunk of this rank has."""
-        return tuple(len(chunk.module.decoder.layers) for chunk in self.chunks)
+    def models(self) -> Sequence[MMARModel]:
+        """The model chunks of this rank."""
+        return [chunk.module for chunk in self.chunks]
 
     # --- learning ---------------------------------------------------------------------------------------------------------------
 

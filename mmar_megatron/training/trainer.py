@@ -32,6 +32,7 @@ from mmar_megatron.training.guard import TooManyBadSteps, judge
 from mmar_megatron.training.incidents import Incidents
 from mmar_megatron.training.metrics import MetricsWriter, ProgressLine, Throughput
 from mmar_megatron.training.previews import Previews, write_png
+from mmar_megatron.training.profiling import Profile
 from mmar_megatron.training.rank_times import RankTimes
 from mmar_megatron.training.saving import CheckpointWriter, SaveError
 from mmar_megatron.training.signals import StopRequest
@@ -81,6 +82,7 @@ class Trainer:
         )
         self.repeated_layers = self._count_repeated_layers()
         self.microbatches = config.train.global_batch_size // (config.train.micro_batch_size * groups.data.size())
+        self.profile = Profile(config.train.profile, run_dir=self.run_dir, models=engine.models, groups=groups)
         self._keep_config()
 
     # --- the loop ---------------------------------------------------------------------------------------------------------------
@@ -105,7 +107,8 @@ class Trainer:
             self._catch_up(writer)
             while self.progress.step < total and stop is None:
                 rate = learning_rate(self.progress.step, config=config.optimizer, total_steps=total)
-                result = self._step(batches, learning_rate=rate)
+                with self.profile.step(self.progress.step + 1):
+                    result = self._step(batches, learning_rate=rate)
                 counts_in_window += result.counts.to_tensor()
                 step = self.progress.step
 
@@ -125,12 +128,15 @@ class Trainer:
                     self._say(line.line(metrics, step=step))
                     self._report_bad_samples()
                 with throughput.paused():
+                    if self.profile.due(step):
+                        self._write_profile()
                     if preview and stop is None:
                         self._preview(writer)
                     self.checkpoints.poll()
                     if save or stop is not None:
                         writer.sync()
                         self._save()
+            self._write_profile()
             self.watchdog.beat("waiting for checkpoints to be written")
             self.checkpoints.close()
         writer.close()
@@ -153,7 +159,8 @@ class Trainer:
         step = self.progress.step + 1
         self.watchdog.beat(f"loading the data of step {step}")
         start = time.perf_counter()
-        microbatches = list(islice(batches, self.microbatches))
+        with self.profile.part("data"):
+            microbatches = list(islice(batches, self.microbatches))
         loading_s = time.perf_counter() - start
         self.watchdog.beat(f"step {step}")
         verdict = partial(judge, recent_losses=self.progress.recent_losses, config=self.config.train)
@@ -200,7 +207,7 @@ class Trainer:
     def _count_repeated_layers(self) -> int:
         """Of the whole model, those whose forward pass full recomputation repeats."""
         most = max_repeated_layers(self.config.model.backbone)
-        own = sum(min(layers, most) for layers in self.engine.layers)
+        own = sum(min(len(model.decoder.layers), most) for model in self.engine.models)
         of_stages = torch.tensor(own, device=platform.device())
         torch.distributed.all_reduce(of_stages, group=self.groups.pipeline)
         return int(of_stages)
@@ -260,6 +267,10 @@ class Trainer:
         throughput.count(steps=now.step - before.step, samples=samples, tokens=tokens, flops=flops)
         counts_in_window.zero_()
         self._counted = self.progress
+
+    def _write_profile(self) -> None:
+        self.watchdog.beat(f"writing the profile at step {self.progress.step}")
+        self.profile.close()
 
     def _report_bad_samples(self) -> None:
         """Say so when more samples could not be decoded; the loader stops the run when they are too many."""

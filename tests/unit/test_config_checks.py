@@ -109,6 +109,15 @@ REFUSED: dict[str, tuple[list[str], str]] = {
             ),
         )
     },
+    "a profile of one step": (
+        ["--train.profile=3"],
+        r"train\.profile 3 is not of the form A:B: give the first and the last step",
+    ),
+    "a profile that ends before it begins": (["--train.profile=7:6"], r"profile 7:6 is not a range of the steps 1 to 1000"),
+    "a profile behind the last step": (
+        ["--train.profile=3:9", "--train.steps=8"],
+        r"profile 3:9 is not a range of the steps 1 to 8 of the run: change it, or train\.steps",
+    ),
     "dropout in FlexAttention": (
         ["--model.attention=flex", "--model.backbone.attention_dropout=0.1", "--model.backbone.kv_channels=16"],
         r"attention flex knows no dropout: set model\.backbone\.attention_dropout 0, or model\.attention dense",
@@ -309,6 +318,7 @@ def test_sizes_of_the_backbone_must_be_given(name: str) -> None:
         ["--model.attention=flex", "--model.backbone.kv_channels=16"],
         [*FP8, "--precision.fp8=delayed", *TP2, "--parallel.sequence_parallel=true", "--data.sequence_length=80"],
         [*FP8, "--precision.fp8=tensorwise", "--model.backbone.first_last_layers_bf16=true"],
+        ["--train.profile=8:8", "--train.steps=8"],
     ],
 )
 def test_what_only_just_fits_is_accepted(options: list[str]) -> None:
