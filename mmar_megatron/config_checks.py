@@ -57,6 +57,8 @@ OTHER_SPLITS = (
 
 FP8_MULTIPLE = 16
 """Of both sides of each matrix, which Transformer Engine's FP8 kernels ask for."""
+FP8_BLOCK = 128
+"""Of what is gathered over tensor-parallel ranks in blocks with scales of their own: whole blocks."""
 
 
 def validate(cfg: Namespace) -> None:
@@ -224,30 +226,37 @@ def _check_precision(cfg: Namespace) -> None:
         fp8 != "delayed" or not backbone.first_last_layers_bf16,
         "precision.fp8 delayed is for all layers: leave out model.backbone.first_last_layers_bf16, or set fp8 tensorwise.",
     )
-    for what, size, option in _fp8_sides(cfg):
+    for what, size, multiple, option in _fp8_sides(cfg):
         _require(
-            size % FP8_MULTIPLE == 0,
-            f"FP8 multiplies matrices whose sides are multiples of {FP8_MULTIPLE}, and {what} {size}: change {option}.",
+            size % multiple == 0,
+            f"precision.fp8 {fp8} wants matrices with sides here in multiples of {multiple}, and {what} {size}: change {option}.",
         )
 
 
-def _fp8_sides(cfg: Namespace) -> Iterator[tuple[str, int, str]]:
-    """Of the matrices that one rank multiplies in a layer: what is, how many, and the option that changes it."""
+def _fp8_sides(cfg: Namespace) -> Iterator[tuple[str, int, int, str]]:
+    """Of the matrices that one rank multiplies in a layer: what is, how many, a multiple of what, the option that changes it."""
     backbone, parallel = cfg.model.backbone, cfg.parallel
     ranks = parallel.tensor_model_parallel_size
     on_each = f" on each of {ranks} tensor-parallel ranks" if ranks > 1 else ""
     heads, groups = backbone.num_attention_heads, backbone.num_query_groups or backbone.num_attention_heads
     channels = backbone.kv_channels or backbone.hidden_size // heads
     ffn = 4 * backbone.hidden_size if backbone.ffn_hidden_size is None else backbone.ffn_hidden_size
-    yield "the hidden size is", backbone.hidden_size, "model.backbone.hidden_size"
-    yield f"the heads' channels{on_each} are", heads * channels // ranks, "model.backbone.kv_channels"
-    yield f"queries, keys and values{on_each} are", (heads + 2 * groups) * channels // ranks, "model.backbone.kv_channels"
-    yield f"the feed-forward size{on_each} is", ffn // ranks, "model.backbone.ffn_hidden_size"
-    positions = cfg.train.micro_batch_size * cfg.data.sequence_length
+    positions, of_positions = (
+        cfg.train.micro_batch_size * cfg.data.sequence_length,
+        "train.micro_batch_size or data.sequence_length",
+    )
+    gathered = FP8_BLOCK if parallel.sequence_parallel and cfg.precision.fp8 == "blockwise" else FP8_MULTIPLE
+    yield "the hidden size is", backbone.hidden_size, gathered, "model.backbone.hidden_size"
+    for what, size, option in (
+        ("the heads' channels", heads * channels, "model.backbone.kv_channels"),
+        ("queries, keys and values", (heads + 2 * groups) * channels, "model.backbone.kv_channels"),
+        ("the feed-forward size's channels", ffn, "model.backbone.ffn_hidden_size"),
+    ):
+        yield f"{what}{on_each} are", size // ranks, FP8_MULTIPLE, option
     if parallel.sequence_parallel:
-        yield f"the positions of a microbatch{on_each} are", positions // ranks, "train.micro_batch_size or data.sequence_length"
+        yield f"the positions of a microbatch{on_each} are", positions // ranks, gathered, of_positions
     else:
-        yield "the positions of a microbatch are", positions, "train.micro_batch_size or data.sequence_length"
+        yield "the positions of a microbatch are", positions, gathered, of_positions
 
 
 def _check_layout(cfg: Namespace) -> None:

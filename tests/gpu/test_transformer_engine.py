@@ -38,9 +38,10 @@ def fp8(recipe: str) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("options", [(), FEATURES, FLEX, RECOMPUTE["full"]], ids=["plain", "features", "flex", "recompute"])
 def test_it_learns_the_same_in_fp32(options: tuple[str, ...], groups: ParallelGroups, batches: list[Batch]) -> None:
+    """Up to TF32, in which Transformer Engine multiplies fp32: 10 bits of mantissa."""
     local = engine_on_gpu(groups, *options)
     other = engine_on_gpu(groups, *options, *TE, weights=named(local))
-    assert furthest(gradients(other, batches), gradients(local, batches)) < (1e-4, "")
+    assert furthest(gradients(other, batches), gradients(local, batches)) < (5e-3, "")
 
 
 def test_in_bf16_it_errs_no_more_than_the_local_layers(groups: ParallelGroups, batches: list[Batch]) -> None:

@@ -19,6 +19,7 @@ def one_parser() -> Iterator[None]:
 
 
 ZERO = "--engine=deepspeed"
+SP = [*TP2, "--parallel.sequence_parallel=true"]
 REFUSED: dict[str, tuple[list[str], str]] = {
     "ZeRO and a pipeline": ([ZERO, *PP2], r"engine deepspeed has no pipeline: set parallel\.pipeline_model_parallel_size 1"),
     "ZeRO and megatron-core's overlap": (
@@ -75,37 +76,49 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         r"model\.backbone\.fp8 is e4m3, but precision\.fp8 makes it None: leave out the former",
     ),
     **{
-        f"FP8, {what}": ([*FP8, "--precision.fp8=blockwise", *options], rf"multiples of 16, and {message}")
-        for what, options, message in (
+        f"FP8, {what}": ([*FP8, "--precision.fp8=blockwise", *options], rf"sides here in multiples of {multiple}, and {message}")
+        for what, options, multiple, message in (
             (
                 "hidden size",
                 ["--model.backbone.hidden_size=40", "--model.backbone.kv_channels=8"],
+                16,
                 r"the hidden size is 40: change model\.backbone\.hidden_size",
             ),
             (
                 "heads",
                 ["--model.backbone.kv_channels=10"],
+                16,
                 r"the heads' channels are 40: change model\.backbone\.kv_channels",
             ),
             (
                 "queries, keys and values",
                 ["--model.backbone.num_query_groups=1", "--model.backbone.kv_channels=4"],
+                16,
                 r"queries, keys and values are 24",
             ),
             (
                 "feed-forward",
                 [*TP2, "--model.backbone.ffn_hidden_size=48"],
-                r"the feed-forward size on each of 2 tensor-parallel ranks is 24: change model\.backbone\.ffn_hidden_size",
+                16,
+                r"the feed-forward size's channels on each of 2 tensor-parallel ranks are 24: change",
             ),
             (
                 "positions",
                 ["--data.sequence_length=84"],
+                16,
                 r"the positions of a microbatch are 168: change train\.micro_batch_size or data\.sequence_length",
             ),
             (
-                "positions under sequence parallelism",
-                [*TP2, "--parallel.sequence_parallel=true", "--data.sequence_length=88"],
-                r"the positions of a microbatch on each of 2 tensor-parallel ranks are 88",
+                "hidden size gathered in blocks",
+                [*SP, "--data.sequence_length=128"],
+                128,
+                r"the hidden size is 32: change",
+            ),
+            (
+                "positions gathered in blocks",
+                [*SP, "--model.backbone.hidden_size=128", "--data.sequence_length=144"],
+                128,
+                r"the positions of a microbatch on each of 2 tensor-parallel ranks are 144",
             ),
         )
     },
@@ -316,7 +329,8 @@ def test_sizes_of_the_backbone_must_be_given(name: str) -> None:
         ["--checkpoint.init_from=a", "--resume=never"],
         ["--model.alignment_loss_weight=1", "--model.alignment_features=8"],
         ["--model.attention=flex", "--model.backbone.kv_channels=16"],
-        [*FP8, "--precision.fp8=delayed", *TP2, "--parallel.sequence_parallel=true", "--data.sequence_length=80"],
+        [*FP8, "--precision.fp8=delayed", *SP, "--data.sequence_length=80"],
+        [*FP8, "--precision.fp8=blockwise", *SP, "--data.sequence_length=128", "--model.backbone.hidden_size=128"],
         [*FP8, "--precision.fp8=tensorwise", "--model.backbone.first_last_layers_bf16=true"],
         ["--train.profile=8:8", "--train.steps=8"],
     ],

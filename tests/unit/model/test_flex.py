@@ -6,6 +6,9 @@ Axes: B rows, S positions, H heads, G key-value groups, D width of a head, Q, K 
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +26,7 @@ from mmar_megatron.model.key_values import KeyValueCache
 from mmar_megatron.model.losses import LossSums
 from mmar_megatron.model.mmar_model import MMARModel
 from mmar_megatron.parallel import ParallelGroups
+from tests.distributed.launch import ROOT
 from tests.unit.model.rows import MIXED, Rows, rows
 from tests.unit.model.unfused import use_unfused_flex
 from tests.unit.tiny import Documents, build_tiny, hidden_states, stir
@@ -95,6 +99,21 @@ def test_packing_leaves_blocks_out() -> None:
     mask = mixed_block_mask(document_ids_BS=ids.document_ids_BS, span_ids_BS=ids.span_ids_BS)
     assert mask.full_kv_num_blocks is not None
     assert (mask.kv_num_blocks + mask.full_kv_num_blocks).sum(dim=(1, 2)).tolist() == [10, 11, 6, 16]
+
+
+def test_compiled_once_for_all_batches_of_a_shape() -> None:
+    """On a CPU there is a forward pass alone to compile; of GPUs see tests/gpu."""
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_COMPILE_DISABLE"}
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.unit.model.compiled_flex"],
+        cwd=ROOT,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["1", "1", "1"]
 
 
 # --- the whole model ------------------------------------------------------------------------------------------------------------
