@@ -1,4 +1,4 @@
-"""A process of its own, in which torch compiles: on a CPU only what goes forward. Prints how many graphs a batch of each kind took.
+"""A process of its own, in which torch compiles: on a CPU only what goes forward. Prints how many graphs there are after each batch.
 
 Axes: B rows, S positions, H heads, G key-value groups, D width of a head.
 """
