@@ -1,4 +1,4 @@
-"""A process of its own, in which torch compiles: on a CPU only what goes forward. Prints how many graphs there are after each batch.
+"""A process of its own, in which torch compiles: on a CPU only what goes forward. Prints how many graphs each batch leaves.
 
 Axes: B rows, S positions, H heads, G key-value groups, D width of a head.
 """
