@@ -94,6 +94,9 @@ class ModelConfig:
     embedding_vit: EmbeddingViTConfig = field(default_factory=EmbeddingViTConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    attention: Literal["dense", "flex"] = "dense"
+    """Of the backbone. `dense`: torch's fused kernels under a mask of all pairs; `flex`: FlexAttention on a GPU, which leaves out
+    what the mask leaves empty."""
     tie_embeddings: bool = True
     """Share the word embeddings with the output layer."""
     rotary_base: float = 10000.0
@@ -234,7 +237,9 @@ class PrecisionConfig:
 
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Of the parameters and activations."""
-    fp8: Literal["off"] = "off"
+    fp8: Literal["off", "delayed", "tensorwise", "blockwise"] = "off"
+    """How the matrix products of the backbone's layers are scaled in FP8 while training, by Transformer Engine: by recent largest
+    values, by the tensor's own, or by blocks' own. All else, and all evaluation, is in `dtype`."""
 
 
 @dataclass(kw_only=True)
@@ -265,6 +270,8 @@ class TrainConfig:
     global_batch_size: int = 8
     """Sequences in one optimizer step."""
     log_every: int = 10
+    profile: str | None = None
+    """`A:B`: profile steps A to B, into `run_dir`/profile."""
     max_bad_steps: int = 10
     """Stop after as many skipped steps in a row, with a diagnosis; 0: never."""
     spike_zscore: float = 0.0
@@ -373,6 +380,7 @@ BACKBONE_DEFAULTS: dict[str, Any] = {
     "attention_dropout": 0.0,
     "layernorm_epsilon": 1e-6,
     "bias_dropout_fusion": False,
+    "transformer_impl": "local",
 }
 """Where MMAR's backbone (Llama- and Qwen-like) differs from megatron-core's defaults. Any may be overridden."""
 
@@ -396,6 +404,10 @@ def _derived_backbone_fields(cfg: Namespace) -> dict[str, tuple[Any, str]]:
     derived["batch_p2p_comm"] = (not interleaved, "parallel.virtual_pipeline_model_parallel_size")
     derived |= dict.fromkeys(("params_dtype", "pipeline_dtype"), (dtype, "precision.dtype"))
     derived["bf16"] = (dtype is torch.bfloat16, "precision.dtype")
+    fp8 = cfg.precision.fp8
+    # `hybrid`: weights and activations have more bits of mantissa, gradients more of exponent.
+    derived["fp8"] = (None if fp8 == "off" else "hybrid", "precision.fp8")
+    derived["fp8_recipe"] = (_backbone_defaults()["fp8_recipe"] if fp8 == "off" else fp8, "precision.fp8")
     # Losses are sums that the training step divides once by the global counts; megatron-core must not divide by anything.
     derived["calculate_per_token_loss"] = (True, "the training step")
     derived["use_cpu_initialization"] = (not platform.HAS_CUDA, "the machine")

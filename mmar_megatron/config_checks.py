@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
@@ -43,6 +45,8 @@ NOT_OURS = {
     "window_size": (None, "attention reaches over the whole sequence"),
     "num_moe_experts": (None, "the backbone is dense"),
     "multi_latent_attention": (False, "attention is grouped-query attention"),
+    "fp8_dot_product_attention": (False, "FP8 is for matrix products with weights"),
+    "fp8_multi_head_attention": (False, "FP8 is for matrix products with weights"),
 }
 """Fields of megatron-core's that would be ignored, and what holds in their place."""
 OTHER_SPLITS = (
@@ -50,6 +54,11 @@ OTHER_SPLITS = (
     *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
 )
 """Fields of megatron-core's that say what `parallel.pipeline_split` says too."""
+
+FP8_MULTIPLE = 16
+"""Of both sides of each matrix, which Transformer Engine's FP8 kernels ask for."""
+FP8_BLOCK = 128
+"""Of what is gathered over tensor-parallel ranks in blocks with scales of their own: whole blocks."""
 
 
 def validate(cfg: Namespace) -> None:
@@ -63,8 +72,10 @@ def validate(cfg: Namespace) -> None:
     _check_layout(cfg)
     _check_pipeline(cfg)
     _check_data(cfg)
+    _check_precision(cfg)
     if cfg.engine == "deepspeed":
         _check_deepspeed(cfg)
+    _check_profile(cfg.train)
     _divides(cfg, "train.global_batch_size", "train.micro_batch_size")
     _require(
         cfg.checkpoint.init_from is None or cfg.resume in ("auto", "never"),
@@ -81,6 +92,19 @@ def validate(cfg: Namespace) -> None:
     )
 
 
+def _check_profile(train: Namespace) -> None:
+    if train.profile is None:
+        return
+    written = re.fullmatch(r"(\d+):(\d+)", train.profile, flags=re.ASCII)
+    _require(written, f"train.profile {train.profile} is not of the form A:B: give the first and the last step to profile.")
+    assert written is not None
+    first, last = map(int, written.groups())
+    _require(
+        1 <= first <= last <= train.steps,
+        f"train.profile {train.profile} is not a range of the steps 1 to {train.steps} of the run: change it, or train.steps.",
+    )
+
+
 def _check_deepspeed(cfg: Namespace) -> None:
     stage, parallel = cfg.deepspeed.zero_stage, cfg.parallel
     _require(
@@ -89,6 +113,11 @@ def _check_deepspeed(cfg: Namespace) -> None:
     )
     for option in ("overlap_grad_reduce", "overlap_param_gather"):
         _require(not parallel[option], f"parallel.{option} is megatron-core's: leave it out with engine deepspeed.")
+    # Its own loop would not tell Transformer Engine's layers when weights have changed.
+    _require(
+        cfg.model.backbone.transformer_impl == "local",
+        "engine deepspeed trains megatron-core's own layers: set model.backbone.transformer_impl local, or engine native.",
+    )
     _require(
         cfg.optimizer.ema_decay == 0,
         "engine deepspeed keeps no moving average of the weights: set optimizer.ema_decay 0, or use the engine native.",
@@ -141,6 +170,8 @@ def _check_model(cfg: Namespace) -> None:
         width % 2 == 0,
         f"A head is {width} channels wide, which the rotary embedding cannot halve: change model.backbone.kv_channels.",
     )
+    if model.attention == "flex":
+        _check_flex(backbone, width=width)
     _divides(cfg, "model.embedding_vit.hidden_size", "model.embedding_vit.num_attention_heads")
     _require(
         model.alignment_loss_weight == 0 or model.alignment_features > 0,
@@ -158,6 +189,74 @@ def _check_model(cfg: Namespace) -> None:
         f"preview.sampling_steps {cfg.preview.sampling_steps} is more than the model.diffusion.num_timesteps "
         f"{model.diffusion.num_timesteps} there are: lower it.",
     )
+
+
+def _check_flex(backbone: Namespace, *, width: int) -> None:
+    _require(
+        backbone.attention_dropout == 0,
+        "model.attention flex knows no dropout: set model.backbone.attention_dropout 0, or model.attention dense.",
+    )
+    _require(
+        width >= 16,
+        f"model.attention flex takes heads of at least 16 channels, and they have {width}: change model.backbone.kv_channels, or "
+        "set model.attention dense.",
+    )
+
+
+def _check_precision(cfg: Namespace) -> None:
+    backbone, fp8 = cfg.model.backbone, cfg.precision.fp8
+    _require(
+        backbone.transformer_impl in ("local", "transformer_engine"),
+        f"model.backbone.transformer_impl {backbone.transformer_impl} is for serving: set local or transformer_engine.",
+    )
+    for option in ("fp8_param", "fp4"):
+        _require(not backbone[option], f"model.backbone.{option} is not for these weights, which stay in bf16: leave it out.")
+    if fp8 == "off":
+        _require(
+            not backbone.first_last_layers_bf16,
+            "model.backbone.first_last_layers_bf16 spares layers from FP8, and precision.fp8 is off: leave it out.",
+        )
+        return
+    _require(
+        backbone.transformer_impl == "transformer_engine",
+        f"precision.fp8 {fp8} is for Transformer Engine's layers: set model.backbone.transformer_impl transformer_engine.",
+    )
+    _require(cfg.precision.dtype == "bf16", f"precision.fp8 {fp8} is for bf16 weights: set precision.dtype bf16.")
+    _require(
+        fp8 != "delayed" or not backbone.first_last_layers_bf16,
+        "precision.fp8 delayed is for all layers: leave out model.backbone.first_last_layers_bf16, or set fp8 tensorwise.",
+    )
+    for what, size, multiple, option in _fp8_sides(cfg):
+        _require(
+            size % multiple == 0,
+            f"precision.fp8 {fp8} wants matrices with sides here in multiples of {multiple}, and {what} {size}: change {option}.",
+        )
+
+
+def _fp8_sides(cfg: Namespace) -> Iterator[tuple[str, int, int, str]]:
+    """Of the matrices that one rank multiplies in a layer: what is, how many, a multiple of what, the option that changes it."""
+    backbone, parallel = cfg.model.backbone, cfg.parallel
+    ranks = parallel.tensor_model_parallel_size
+    on_each = f" on each of {ranks} tensor-parallel ranks" if ranks > 1 else ""
+    heads, groups = backbone.num_attention_heads, backbone.num_query_groups or backbone.num_attention_heads
+    channels = backbone.kv_channels or backbone.hidden_size // heads
+    ffn = 4 * backbone.hidden_size if backbone.ffn_hidden_size is None else backbone.ffn_hidden_size
+    positions, of_positions = (
+        cfg.train.micro_batch_size * cfg.data.sequence_length,
+        "train.micro_batch_size or data.sequence_length",
+    )
+    gathered = FP8_BLOCK if parallel.sequence_parallel and cfg.precision.fp8 == "blockwise" else FP8_MULTIPLE
+    yield "the hidden size is", backbone.hidden_size, gathered, "model.backbone.hidden_size"
+    for what, size, option in (
+        ("the heads' channels", heads * channels, "model.backbone.kv_channels"),
+        ("queries, keys and values", (heads + 2 * groups) * channels, "model.backbone.kv_channels"),
+        ("the feed-forward size's channels", ffn, "model.backbone.ffn_hidden_size"),
+    ):
+        yield f"{what}{on_each} are", size // ranks, FP8_MULTIPLE, option
+    if parallel.sequence_parallel:
+        yield f"the positions of a microbatch{on_each} are", positions // ranks, gathered, of_positions
+    else:
+        yield "the positions of a microbatch are", positions, gathered, of_positions
 
 
 def _check_layout(cfg: Namespace) -> None:
@@ -310,3 +409,31 @@ def validate_world(config: Config, *, world_size: int) -> None:
             f"The interleaved schedule needs the number of microbatches "
             f"({microbatches}) to be a multiple of parallel.pipeline_model_parallel_size: change train.global_batch_size.",
         )
+
+
+def validate_machine(config: Config, *, compute_capability: tuple[int, int] | None) -> None:
+    """Refuse what this machine cannot compute; a run can be planned on any.
+
+    Args:
+        compute_capability: of its GPUs; None: it has none.
+
+    Raises:
+        ValueError: as it says.
+    """
+    model, fp8 = config.model, config.precision.fp8
+    if compute_capability is None:
+        _require(
+            model.attention == "dense",
+            f"model.attention {model.attention} needs a GPU, for torch has no backward pass of it on a CPU: set it to dense.",
+        )
+        _require(fp8 == "off", f"precision.fp8 {fp8} needs a GPU: set it to off.")
+        _require(
+            model.backbone.transformer_impl == "local",
+            "model.backbone.transformer_impl transformer_engine needs a GPU: set it to local.",
+        )
+        return
+    major, minor = compute_capability
+    _require(
+        fp8 == "off" or compute_capability >= (9, 0),
+        f"precision.fp8 {fp8} needs a GPU of compute capability 9.0 (Hopper) or more, and this has {major}.{minor}: set it off.",
+    )

@@ -41,6 +41,11 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if HAS_CUDA else "cpu"
 
 
+def compute_capability() -> tuple[int, int] | None:
+    """Of the GPU, such as (9, 0) of Hopper; None without one."""
+    return torch.cuda.get_device_capability() if HAS_CUDA else None
+
+
 def synchronize() -> None:
     """Wait for the device, so that a clock read afterwards is true."""
     if HAS_CUDA:

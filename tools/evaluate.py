@@ -103,7 +103,7 @@ def _paint(
 
 
 def _one_process(config_yaml: Path) -> Config:
-    """The run's configuration, in the layout of one process."""
+    """The run's configuration, in the layout of one process, as any machine can compute it."""
     layout = [
         *("--parallel.tensor_model_parallel_size", "1", "--parallel.pipeline_model_parallel_size", "1"),
         *("--parallel.virtual_pipeline_model_parallel_size", "null", "--parallel.sequence_parallel", "false"),
@@ -111,7 +111,9 @@ def _one_process(config_yaml: Path) -> Config:
         *("--model.backbone.num_layers_in_first_pipeline_stage", "null"),
         *("--model.backbone.num_layers_in_last_pipeline_stage", "null"),
         *("--engine", "native", "--model.backbone.account_for_embedding_in_pipeline_split", "false"),
-        *("--model.backbone.account_for_loss_in_pipeline_split", "false"),
+        *("--model.backbone.account_for_loss_in_pipeline_split", "false", "--model.attention", "dense"),
+        *("--model.backbone.transformer_impl", "local", "--precision.fp8", "off"),
+        *("--model.backbone.first_last_layers_bf16", "false"),
     ]
     return parse_command_line(["--config", str(config_yaml), *layout]).config
 

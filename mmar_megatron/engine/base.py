@@ -108,6 +108,10 @@ class Engine(Protocol):
         """The model chunk that holds the heads, where it is on this rank."""
 
     @property
+    def models(self) -> Sequence[MMARModel]:
+        """The model chunks of this rank."""
+
+    @property
     def has_average(self) -> bool:
         """Whether a moving average of the weights is kept."""
 

@@ -137,6 +137,11 @@ class DeepSpeedEngine:
         """The model, which is whole."""
         return self.model
 
+    @property
+    def models(self) -> Sequence[MMARModel]:
+        """The model, which is whole."""
+        return [self.model]
+
     # --- learning ---------------------------------------------------------------------------------------------------------------
 
     def train_step(self, microbatches: Sequence[Batch], *, learning_rate: float, judge: Judge = finite) -> StepResult:

@@ -83,6 +83,11 @@ class NativeEngine:
         model = self.chunks[-1].module
         return model if model.post_process else None
 
+    @property
+    def models(self) -> Sequence[MMARModel]:
+        """The model chunks of this rank."""
+        return [chunk.module for chunk in self.chunks]
+
     # --- learning ---------------------------------------------------------------------------------------------------------------
 
     def train_step(self, microbatches: Sequence[Batch], *, learning_rate: float, judge: Judge = finite) -> StepResult:

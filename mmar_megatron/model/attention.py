@@ -16,7 +16,9 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
+from mmar_megatron.model.flex import flex_attend
 from mmar_megatron.model.key_values import KeyValueCache
 from mmar_megatron.model.rotary import inverse_frequencies
 
@@ -49,7 +51,7 @@ def attention_bias(allowed_BSS: Tensor, *, dtype: torch.dtype) -> Tensor:
 
 
 class MixedAttention(MegatronModule):
-    """`core_attention` of a megatron-core layer spec: attention under an additive mask, by torch's fused kernels."""
+    """`core_attention` of a megatron-core layer spec: by torch's fused kernels, or FlexAttention where a block mask is given."""
 
     cache: KeyValueCache | None = None
     """Keys and values before those of this pass; set for the time of it, since megatron-core hands nothing of the kind down."""
@@ -63,18 +65,32 @@ class MixedAttention(MegatronModule):
         self.softmax_scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
         self.dropout = config.attention_dropout
 
-    def forward(self, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, attention_mask: Tensor, **unused: Any) -> Tensor:
-        """Attend.
+    def forward(
+        self,
+        query_SBHD: Tensor,
+        key_SBGD: Tensor,
+        value_SBGD: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        attention_bias: BlockMask | None = None,
+        **unused: Any,
+    ) -> Tensor:
+        """Attend, under one of the two masks.
 
         Args:
             query_SBHD: queries of this rank's heads.
             key_SBGD, value_SBGD: keys and values; each group serves H / G heads.
             attention_mask: additive, [B, 1, S, S]; with a cache of T positions [B, 1, S, T + S].
+            attention_bias: a block mask. megatron-core hands its bias down to all layers, also when it recomputes them, and looks
+                at neither mask nor bias itself.
 
         Returns:
             [S, B, H * D].
         """
         query, key, value = (rearrange(x, "s b h d -> b h s d") for x in (query_SBHD, key_SBGD, value_SBGD))
+        if attention_bias is not None:
+            output = flex_attend(query, key, value, block_mask=attention_bias, scale=self.softmax_scale)
+            return rearrange(output, "b h s d -> s b (h d)")
         if self.cache is not None:
             key, value = self.cache.update(key, value, self.layer_number)
         attend = partial(

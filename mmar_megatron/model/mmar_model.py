@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,7 @@ from mmar_megatron.diffusion.parameterization import Parameterization, check_com
 from mmar_megatron.diffusion.schedule import NoiseSchedule
 from mmar_megatron.model.attention import attention_bias, kept_allowed, mixed_attention_allowed, rotary_angles
 from mmar_megatron.model.embedding import MultimodalEmbedding
+from mmar_megatron.model.flex import mixed_block_mask
 from mmar_megatron.model.head import DiffusionHead
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.model.initialization import initialize_backbone, seeded
@@ -42,6 +44,9 @@ from mmar_megatron.model.layer_specs import block_spec
 from mmar_megatron.model.losses import LossSums, bucketed
 from mmar_megatron.model.vision import Projector
 from mmar_megatron.parallel import ParallelGroups
+
+_SCALES = "_extra_state"
+"""How the names end under which Transformer Engine's modules keep scales of FP8, pickled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +119,7 @@ class MMARModel(LanguageModule):
         if self.post_process:
             self._build_heads(channels=geometry.channels, vocab_size=padded, seed=seed)
         self.to(dtype=config.backbone.params_dtype)
+        self.register_load_state_dict_post_hook(_without_scales)
         if draw_weights:
             if self.pre_process or self.post_process:
                 self.setup_embeddings_and_output_layer()  # marks the tied weights, and makes them equal on first and last stage
@@ -153,6 +159,11 @@ class MMARModel(LanguageModule):
         """Called by megatron-core's schedules: the previous stage's output."""
         self.decoder.set_input_tensor(input_tensor[0])
 
+    def sharded_state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+        """megatron-core's, without what is no weight: scales of FP8, and room for them, of whatever modules the layers are."""
+        state = super().sharded_state_dict(*args, **options)
+        return {name: value for name, value in state.items() if not name.endswith(_SCALES)}
+
     def forward(self, batch: Batch, *, return_hidden: bool = False, cache: KeyValueCache | None = None) -> Tensor | LossSums:
         """One stage's forward pass.
 
@@ -165,10 +176,10 @@ class MMARModel(LanguageModule):
             On the last stage `LossSums`, or [S, B, D] with `return_hidden`; on the others the hidden states for the next.
         """
         backbone = self.settings.backbone
-        with self._attending_to(cache):
+        with self._attending_to(cache), self._fp8_in_training_alone():
             h_SBD = self.decoder(
                 hidden_states=self.embedding(batch) if self.pre_process else None,
-                attention_mask=attention_bias(_allowed(batch, cache), dtype=backbone.params_dtype),
+                **self._mask(batch, cache),
                 rotary_pos_emb=rotary_angles(
                     batch.position_ids_BS,
                     head_dim=backbone.kv_channels,
@@ -181,6 +192,14 @@ class MMARModel(LanguageModule):
         h_SBD = self._enter_heads(h_SBD)
         return h_SBD if return_hidden else self.losses(h_SBD, batch=batch, rows=self.rows_to_learn(batch))
 
+    def _mask(self, batch: Batch, cache: KeyValueCache | None) -> dict[str, Any]:
+        """The mask of all layers, as `MixedAttention` takes it."""
+        # Passes with a cache are short and of ever other lengths, for each of which a kernel would be compiled.
+        if self.settings.attention == "flex" and cache is None:
+            block_mask = mixed_block_mask(document_ids_BS=batch.document_ids_BS, span_ids_BS=batch.span_ids_BS)
+            return {"attention_mask": None, "attention_bias": block_mask}
+        return {"attention_mask": attention_bias(_allowed(batch, cache), dtype=self.settings.backbone.params_dtype)}
+
     @contextmanager
     def _attending_to(self, cache: KeyValueCache | None) -> Iterator[None]:
         attentions = [layer.self_attention.core_attention for layer in self.decoder.layers]
@@ -191,6 +210,16 @@ class MMARModel(LanguageModule):
         finally:
             for attention in attentions:
                 attention.cache = None
+
+    @contextmanager
+    def _fp8_in_training_alone(self) -> Iterator[None]:
+        """Evaluation and painting compute what an exported model does, and their rows need not be whole tiles of FP8 kernels."""
+        backbone, fp8 = self.settings.backbone, self.settings.backbone.fp8
+        backbone.fp8 = fp8 if self.training else None  # megatron-core asks it in each forward pass
+        try:
+            yield
+        finally:
+            backbone.fp8 = fp8
 
     def _enter_heads(self, h_SBD: Tensor) -> Tensor:
         """Full hidden states on each tensor-parallel rank; backward sums the ranks' gradients, which from here on are parts."""
@@ -280,6 +309,11 @@ class MMARModel(LanguageModule):
         # MAR's sinusoids span 1,000 levels; another number of levels is brought to that scale.
         scale = 1000 / self.schedule.num_timesteps
         return self.diffusion_head(x_KRC, timestep_KR=timestep_KR * scale, z_KZ=z_KZ)
+
+
+def _without_scales(model: nn.Module, incompatible: Any) -> None:
+    """Scales of FP8 are not kept in checkpoints: where they are missing, nothing is."""
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not name.endswith(_SCALES)]
 
 
 def _allowed(batch: Batch, cache: KeyValueCache | None) -> Tensor:

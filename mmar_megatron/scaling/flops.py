@@ -10,13 +10,14 @@ C channels of an image token, N tokens of an image.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from mmar_megatron.config import ModelConfig
+    from mmar_megatron.config import ModelConfig, PrecisionConfig, TransformerConfig
 
 TIMESTEP_FEATURES = 256
 """Width of the sinusoidal timestep features that enter the head (as in MAR and DiT)."""
@@ -134,13 +135,15 @@ class StepFlops:
 
     backbone: Flops
     """The transformer layers, linears and attention."""
+    attention: Flops
+    """Of these, the attention: what is no product with weights."""
     embedding_vit: Flops
     vis_projector: Flops
     post_projector: Flops
     logits: Flops
     head: Flops
     recompute: int
-    """Done again in backward under full recomputation: one more forward of the backbone."""
+    """Done again in backward under full recomputation: one more forward of the layers that it repeats."""
 
     @property
     def projectors(self) -> Flops:
@@ -158,18 +161,27 @@ class StepFlops:
         return self.model + self.recompute
 
 
-def step_flops(shape: ModelShape, counts: StepCounts, *, full_recompute: bool = False) -> StepFlops:
-    """The operations of one optimizer step over all devices, but for the optional alignment loss (one linear on clean images)."""
-    backbone = backbone_layer(shape, counts) * shape.num_layers
+def step_flops(shape: ModelShape, counts: StepCounts, *, repeated_layers: int = 0) -> StepFlops:
+    """The operations of one optimizer step over all devices, but for the optional alignment loss (one linear on clean images).
+
+    Args:
+        shape: of the model.
+        counts: of the step.
+        repeated_layers: whose forward pass full recomputation repeats.
+    """
+    layer = backbone_layer(shape, counts)
+    queries = shape.num_attention_heads * shape.kv_channels
+    attended = attention(batch=counts.sequences, length=counts.sequence_length, width=queries)
     hidden, condition = shape.hidden_size, shape.condition_width
     return StepFlops(
-        backbone=backbone,
+        backbone=layer * shape.num_layers,
+        attention=attended * shape.num_layers,
         embedding_vit=embedding_vit(shape, counts.images),
         vis_projector=linears(shape.vit_hidden_size, hidden, hidden, rows=counts.images * shape.tokens_per_image),
         post_projector=linears(hidden, condition, condition, rows=counts.masked),
         logits=linears(hidden, shape.vocab_size, rows=counts.labels),
         head=diffusion_head(shape, counts.masked),
-        recompute=backbone.forward if full_recompute else 0,
+        recompute=layer.forward * repeated_layers,
     )
 
 
@@ -242,3 +254,35 @@ def peak_flops(device_name: str, *, dtype: Literal["fp32", "bf16", "fp8"]) -> fl
         if re.search(rf"\b{pattern}\b", device_name, flags=re.IGNORECASE):
             return peaks[dtype] * 1e12 if dtype in peaks else None
     return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peaks:
+    """What one device reaches at best, in FLOP/s, in each format that a run computes in."""
+
+    dtype: float
+    """In `precision.dtype`."""
+    fp8: float = math.inf
+    """In FP8, if anything is."""
+    fp8_layers: float = 0.0
+    """Share of the layers whose products with weights are in FP8."""
+
+    @classmethod
+    def of(cls, device_name: str, *, precision: PrecisionConfig, backbone: TransformerConfig) -> Peaks | None:
+        """From the table of `peak_flops`; None where one of them is not in it."""
+        dtype = peak_flops(device_name, dtype=precision.dtype)
+        if dtype is None or precision.fp8 == "off":
+            return None if dtype is None else cls(dtype=dtype)
+        fp8 = peak_flops(device_name, dtype="fp8")
+        if fp8 is None:
+            return None
+        ends = backbone.num_layers_at_start_in_bf16 + backbone.num_layers_at_end_in_bf16
+        spared = min(ends, backbone.num_layers) if backbone.first_last_layers_bf16 else 0
+        return cls(dtype=dtype, fp8=fp8, fp8_layers=1 - spared / backbone.num_layers)
+
+    def seconds(self, step: StepFlops, *, executed: bool = False) -> float:
+        """Of one device that does all of a step at its peaks; with `executed` what recomputation repeats, too."""
+        repeated = step.recompute if executed else 0
+        share = 1 - step.attention.forward / step.backbone.forward
+        in_fp8 = self.fp8_layers * (step.backbone.total - step.attention.total + repeated * share)
+        return (step.model + repeated - in_fp8) / self.dtype + in_fp8 / self.fp8

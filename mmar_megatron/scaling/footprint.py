@@ -126,7 +126,7 @@ def _fake_piece(config: Config, piece: Piece, *, geometry: ImageGeometry, vocab_
     try:
         with torch.device("meta"):
             (model,) = build_model(
-                replace(config.model, backbone=backbone),
+                replace(config.model, backbone=backbone, attention="dense"),
                 geometry=geometry,
                 vocab_size=vocab_size,
                 groups=groups,
@@ -145,6 +145,8 @@ def _of_pieces(backbone: TransformerConfig, *, stages: int, layers: int) -> Tran
     backbone = copy.copy(backbone)
     backbone.perform_initialization = False
     backbone.use_cpu_initialization = True
+    # Transformer Engine's modules are not everywhere, and want a device; they keep about the same.
+    backbone.transformer_impl, backbone.fp8 = "local", None
     backbone.num_layers = stages * layers
     backbone.pipeline_model_parallel_size = stages
     backbone.virtual_pipeline_model_parallel_size = None

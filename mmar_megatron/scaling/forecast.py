@@ -12,7 +12,7 @@ from mmar_megatron.scaling.gpus import Gpu
 from mmar_megatron.scaling.layout import Layout
 from mmar_megatron.scaling.pieces import EACH_LAYER, NO_LAYER, Footprints, Recomputation, in_flight, most_at_a_time
 from mmar_megatron.scaling.plan import Memory
-from mmar_megatron.scaling.timing import GOOD, POOR, Clock, Range, peak_of
+from mmar_megatron.scaling.timing import GOOD, POOR, Clock, Range, peaks_of
 from mmar_megatron.scaling.traffic import sent_in_a_step
 
 RESERVE = 4 * 2**30
@@ -109,7 +109,7 @@ def forecast(layout: Layout, *, footprints: Footprints, flops: StepFlops, gpu: G
         traffic=max(sent, key=lambda of_stage: sum(of_stage.values())),
         bubble=Range(*bubble),
         step=Range(*step),
-        mfu=Range(*(flops.model / (seconds * layout.world_size * peak_of(gpu, layout)) for seconds in step)),
+        mfu=Range(*(peaks_of(gpu, layout).seconds(flops) / (seconds * layout.world_size) for seconds in step)),
     )
 
 

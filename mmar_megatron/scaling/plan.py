@@ -118,6 +118,7 @@ class Plan:
     """In words."""
     world_size: int
     dtype: str
+    """In words."""
     parameters: dict[str, int]
     """Of the whole model by part, each counted once, however many ranks hold it."""
     stages: tuple[Stage, ...]
@@ -255,7 +256,7 @@ def plan(config: Config, *, geometry: ImageGeometry, vocab_size: int, rows: RowM
     return Plan(
         layout=in_words,
         world_size=world_size,
-        dtype=config.precision.dtype,
+        dtype=config.precision.dtype if config.precision.fp8 == "off" else f"{config.precision.dtype} and FP8",
         parameters=_by_part(whole_sizes),
         stages=tuple(stages),
         rows=rows,
@@ -279,6 +280,8 @@ def stage_on_meta(
     backbone = copy.copy(config.model.backbone)
     backbone.perform_initialization = False
     backbone.use_cpu_initialization = True
+    # Transformer Engine's layers have the same parameters, but are not everywhere, and want a device.
+    backbone.transformer_impl = "local"
     # The pipeline is outermost, so the first rank of each stage is a multiple of the ranks of one.
     rank = number * (world_size // config.parallel.pipeline_model_parallel_size)
     groups = parallel.initialize_fake(config.parallel, rank=rank, world_size=world_size)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mmar_megatron.scaling.flops import StepFlops, attention, peak_flops
+from mmar_megatron.scaling.flops import Peaks, StepFlops
 from mmar_megatron.scaling.footprint import Piece
 from mmar_megatron.scaling.gpus import Gpu
 from mmar_megatron.scaling.layout import Layout
@@ -53,7 +53,7 @@ class Clock:
 
     def __init__(self, layout: Layout, *, flops: StepFlops, gpu: Gpu, shares: Shares) -> None:
         self.layout, self.flops, self.gpu, self.shares = layout, flops, gpu, shares
-        self.peak = peak_of(gpu, layout)
+        self.peaks = peaks_of(gpu, layout)
 
     def stage_s(self, stage: int, *, sent: Mapping[str, int]) -> float:
         """Of a rank's own work in one step, with what it sends to its tensor-parallel ranks, for which it waits."""
@@ -63,22 +63,22 @@ class Clock:
     def _piece_s(self, piece: Piece) -> float:
         layout, flops, shares, config = self.layout, self.flops, self.shares, self.layout.config
         backbone = config.model.backbone
-        pairs = attention(
-            batch=config.train.global_batch_size,
-            length=config.data.sequence_length,
-            width=backbone.num_attention_heads * backbone.kv_channels,
-        )
-        forward = self._layer(flops.backbone.forward // backbone.num_layers, pairs.forward)
-        backward = self._layer(flops.backbone.backward // backbone.num_layers, pairs.backward)
+        forward = self._layers(flops.backbone.forward, attention=flops.attention.forward) / backbone.num_layers
+        backward = self._layers(flops.backbone.backward, attention=flops.attention.backward) / backbone.num_layers
         work = piece.layers * (forward + backward) + min(piece.layers, max_repeated_layers(backbone)) * forward
         if piece.first:  # all of it on each tensor-parallel rank
             work += layout.tensor * (flops.embedding_vit + flops.vis_projector).total / shares.small
         if piece.last:
             work += flops.logits.total / shares.linears + (flops.post_projector + flops.head).total / shares.small
-        return work / (layout.data * layout.tensor * self.peak)
+        return work / (layout.data * layout.tensor * self.peaks.dtype)
 
-    def _layer(self, whole: int, pairs: int) -> float:
-        return (whole - pairs) / self.shares.linears + pairs / self.shares.attention
+    def _layers(self, whole: int, *, attention: int) -> float:
+        """As operations in `precision.dtype`, of which FP8 does more in the same time."""
+        linears = whole - attention
+        in_fp8 = self.peaks.fp8_layers * linears
+        return (
+            linears - in_fp8 + in_fp8 * self.peaks.dtype / self.peaks.fp8
+        ) / self.shares.linears + attention / self.shares.attention
 
     def pipeline_s(self, stages: Sequence[float]) -> float:
         """All microbatches through the slowest stage and one through the others; where these have chunks, through one of them."""
@@ -116,14 +116,15 @@ class Clock:
         return (self.gpu.link_rate if span <= self.gpu.per_node else self.gpu.network_rate) * self.shares.sending
 
 
-def peak_of(gpu: Gpu, layout: Layout) -> float:
-    """Operations a second of a GPU in the precision of the layout.
+def peaks_of(gpu: Gpu, layout: Layout) -> Peaks:
+    """Of a GPU in the formats that the layout computes in.
 
     Raises:
-        ValueError: none is known.
+        ValueError: they are not known.
     """
-    dtype = layout.config.precision.dtype
-    peak = peak_flops(gpu.name, dtype=dtype)
-    if peak is None:
-        raise ValueError(f"No peak of {gpu.name} in {dtype} is known: choose another GPU or precision.")
-    return peak
+    precision = layout.config.precision
+    peaks = Peaks.of(gpu.name, precision=precision, backbone=layout.config.model.backbone)
+    if peaks is None:
+        formats = precision.dtype if precision.fp8 == "off" else f"{precision.dtype} and FP8"
+        raise ValueError(f"The peaks of {gpu.name} in {formats} are not known: choose another GPU or precision.")
+    return peaks

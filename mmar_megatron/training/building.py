@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mmar_megatron import platform
 from mmar_megatron.config import Config
+from mmar_megatron.config_checks import validate_machine
 from mmar_megatron.data.loader import TrainLoader
 from mmar_megatron.data.source import DataSource
 from mmar_megatron.data.stream import StreamState
@@ -26,7 +27,12 @@ def open_source(config: Config) -> DataSource:
 
 
 def build_engine(config: Config, *, source: DataSource, groups: ParallelGroups) -> Engine:
-    """The model with its initial weights, of the sizes that the data ask for, in the engine that will train it."""
+    """The model with its initial weights, of the sizes that the data ask for, in the engine that will train it.
+
+    Raises:
+        ValueError: this machine cannot compute what is asked for.
+    """
+    validate_machine(config, compute_capability=platform.compute_capability())
     model = build_model(
         config.model,
         geometry=ImageGeometry.of(source.codec),

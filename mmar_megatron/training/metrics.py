@@ -2,7 +2,7 @@
 
 `metrics.jsonl` holds one JSON object per logged step, in rising order of `step`, each step once, also after a resume.
 JSON has no NaN or infinity: a value that is not finite is written as null (TensorBoard gets it as it is), and so is a value
-that is not known (`mfu` where the device's peak is not in our table).
+that is not known (`mfu` and `hfu` where the device's peak is not in our table).
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmar_megatron.scaling.flops import Peaks, StepFlops
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -27,7 +29,7 @@ Metrics = Mapping[str, float | None]
 
 CLOCKED = frozenset(
     {
-        *("step_time_s", "samples_per_second", "tokens_per_second", "tflops_per_device", "mfu"),
+        *("step_time_s", "samples_per_second", "tokens_per_second", "tflops_per_device", "mfu", "hfu"),
         *("rank_time_mean_s", "rank_time_max_s", "slowest_rank", "data_wait_share"),
     }
 )
@@ -160,27 +162,31 @@ class Throughput:
 
     Args:
         num_devices: Over which the floating-point operations of a step are spread.
-        peak_flops: A device's peak in FLOP/s, from `mmar_megatron.scaling.peak_flops`; None where it is not known.
+        peaks: Of a device; None where they are not known.
         clock: Seconds, rising.
     """
 
-    def __init__(self, *, num_devices: int, peak_flops: float | None, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, *, num_devices: int, peaks: Peaks | None, clock: Callable[[], float] = time.perf_counter) -> None:
         self._num_devices = num_devices
-        self._peak_flops = peak_flops
+        self._peaks = peaks
         self._clock = clock
         self._restart()
 
     def _restart(self) -> None:
         self._steps = self._samples = self._tokens = 0
         self._flops = self._paused_s = 0.0
+        self._model_s = self._executed_s = 0.0
         self._start = self._clock()
 
-    def count(self, *, steps: int, samples: int, tokens: int, flops: float) -> None:
-        """Adds optimizer steps: their samples, sequence positions and model FLOPs over all devices."""
+    def count(self, *, steps: int, samples: int, tokens: int, flops: StepFlops) -> None:
+        """Adds optimizer steps: their samples, sequence positions and operations over all devices."""
         self._steps += steps
         self._samples += samples
         self._tokens += tokens
-        self._flops += flops
+        self._flops += flops.model
+        if self._peaks is not None:
+            self._model_s += self._peaks.seconds(flops)
+            self._executed_s += self._peaks.seconds(flops, executed=True)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -195,13 +201,14 @@ class Throughput:
         """The averages since the last report, by their names in `metrics.jsonl`, and begins the next window."""
         assert self._steps > 0, "a report needs at least one counted step"
         seconds = self._clock() - self._start - self._paused_s
-        flops_per_device = self._flops / seconds / self._num_devices
+        device_seconds = seconds * self._num_devices
         rates = {
             "step_time_s": seconds / self._steps,
             "samples_per_second": self._samples / seconds,
             "tokens_per_second": self._tokens / seconds,
-            "tflops_per_device": flops_per_device / 1e12,
-            "mfu": None if self._peak_flops is None else flops_per_device / self._peak_flops,
+            "tflops_per_device": self._flops / device_seconds / 1e12,
+            "mfu": None if self._peaks is None else self._model_s / device_seconds,
+            "hfu": None if self._peaks is None else self._executed_s / device_seconds,
         }
         self._restart()
         return rates

@@ -23,7 +23,8 @@ from mmar_megatron.model.losses import NUM_BUCKETS, LossSums
 from mmar_megatron.model.mmar_model import padded_vocab_size
 from mmar_megatron.parallel import ParallelGroups
 from mmar_megatron.scaling.expected import RowMeans
-from mmar_megatron.scaling.flops import ModelShape, StepCounts, peak_flops, step_flops
+from mmar_megatron.scaling.flops import ModelShape, Peaks, StepCounts, step_flops
+from mmar_megatron.scaling.split import max_repeated_layers
 from mmar_megatron.training import checkpoint
 from mmar_megatron.training.building import build_loader
 from mmar_megatron.training.checkpoint import Progress
@@ -31,6 +32,7 @@ from mmar_megatron.training.guard import TooManyBadSteps, judge
 from mmar_megatron.training.incidents import Incidents
 from mmar_megatron.training.metrics import MetricsWriter, ProgressLine, Throughput
 from mmar_megatron.training.previews import Previews, write_png
+from mmar_megatron.training.profiling import Profile
 from mmar_megatron.training.rank_times import RankTimes
 from mmar_megatron.training.saving import CheckpointWriter, SaveError
 from mmar_megatron.training.signals import StopRequest
@@ -78,7 +80,9 @@ class Trainer:
             token_channels=source.codec.channels,
             condition_width=config.model.head.width,
         )
+        self.repeated_layers = self._count_repeated_layers()
         self.microbatches = config.train.global_batch_size // (config.train.micro_batch_size * groups.data.size())
+        self.profile = Profile(config.train.profile, run_dir=self.run_dir, models=engine.models, groups=groups)
         self._keep_config()
 
     # --- the loop ---------------------------------------------------------------------------------------------------------------
@@ -95,7 +99,7 @@ class Trainer:
         line = ProgressLine(first_step=self.progress.step, total_steps=total)
         throughput = Throughput(
             num_devices=torch.distributed.get_world_size(),
-            peak_flops=peak_flops(platform.device_name(), dtype=config.precision.dtype),
+            peaks=Peaks.of(platform.device_name(), precision=config.precision, backbone=config.model.backbone),
         )
         counts_in_window = torch.zeros(3, device=platform.device())
         stop = None
@@ -103,7 +107,8 @@ class Trainer:
             self._catch_up(writer)
             while self.progress.step < total and stop is None:
                 rate = learning_rate(self.progress.step, config=config.optimizer, total_steps=total)
-                result = self._step(batches, learning_rate=rate)
+                with self.profile.step(self.progress.step + 1):
+                    result = self._step(batches, learning_rate=rate)
                 counts_in_window += result.counts.to_tensor()
                 step = self.progress.step
 
@@ -123,12 +128,15 @@ class Trainer:
                     self._say(line.line(metrics, step=step))
                     self._report_bad_samples()
                 with throughput.paused():
+                    if self.profile.due(step):
+                        self._write_profile()
                     if preview and stop is None:
                         self._preview(writer)
                     self.checkpoints.poll()
                     if save or stop is not None:
                         writer.sync()
                         self._save()
+            self._write_profile()
             self.watchdog.beat("waiting for checkpoints to be written")
             self.checkpoints.close()
         writer.close()
@@ -151,7 +159,8 @@ class Trainer:
         step = self.progress.step + 1
         self.watchdog.beat(f"loading the data of step {step}")
         start = time.perf_counter()
-        microbatches = list(islice(batches, self.microbatches))
+        with self.profile.part("data"):
+            microbatches = list(islice(batches, self.microbatches))
         loading_s = time.perf_counter() - start
         self.watchdog.beat(f"step {step}")
         verdict = partial(judge, recent_losses=self.progress.recent_losses, config=self.config.train)
@@ -194,6 +203,14 @@ class Trainer:
             f"{bad_steps} steps in a row were skipped: {path} has samples, gradients and batches; "
             "mend the data, lower optimizer.lr, or raise train.max_bad_steps."
         )
+
+    def _count_repeated_layers(self) -> int:
+        """Of the whole model, those whose forward pass full recomputation repeats."""
+        most = max_repeated_layers(self.config.model.backbone)
+        own = sum(min(len(model.decoder.layers), most) for model in self.engine.models)
+        of_stages = torch.tensor(own, device=platform.device())
+        torch.distributed.all_reduce(of_stages, group=self.groups.pipeline)
+        return int(of_stages)
 
     # --- reports ----------------------------------------------------------------------------------------------------------------
 
@@ -245,10 +262,15 @@ class Trainer:
                 labels=int(counts.text),
                 masked=int(counts.image),
             ),
+            repeated_layers=self.repeated_layers,
         )
-        throughput.count(steps=now.step - before.step, samples=samples, tokens=tokens, flops=flops.model)
+        throughput.count(steps=now.step - before.step, samples=samples, tokens=tokens, flops=flops)
         counts_in_window.zero_()
         self._counted = self.progress
+
+    def _write_profile(self) -> None:
+        self.watchdog.beat(f"writing the profile at step {self.progress.step}")
+        self.profile.close()
 
     def _report_bad_samples(self) -> None:
         """Say so when more samples could not be decoded; the loader stops the run when they are too many."""

@@ -16,6 +16,8 @@ SIZES = [
 PP2 = ["--parallel.pipeline_model_parallel_size=2"]
 TP2 = ["--parallel.tensor_model_parallel_size=2"]
 INTERLEAVED = [*PP2, "--parallel.virtual_pipeline_model_parallel_size=2"]
+FP8 = ["--model.backbone.transformer_impl=transformer_engine", "--precision.dtype=bf16"]
+"""What `precision.fp8` asks for beside."""
 
 
 def parse(*options: str) -> CommandLine:

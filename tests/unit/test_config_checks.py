@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from mmar_megatron.config import parse_command_line
-from mmar_megatron.config_checks import validate_world
-from tests.unit.command_line import INTERLEAVED, PP2, TP2, parse, share_parser
+from mmar_megatron.config_checks import validate_machine, validate_world
+from tests.unit.command_line import FP8, INTERLEAVED, PP2, TP2, parse, share_parser
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -19,6 +19,7 @@ def one_parser() -> Iterator[None]:
 
 
 ZERO = "--engine=deepspeed"
+SP = [*TP2, "--parallel.sequence_parallel=true"]
 REFUSED: dict[str, tuple[list[str], str]] = {
     "ZeRO and a pipeline": ([ZERO, *PP2], r"engine deepspeed has no pipeline: set parallel\.pipeline_model_parallel_size 1"),
     "ZeRO and megatron-core's overlap": (
@@ -44,6 +45,99 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "whole parameters offloaded": (
         [ZERO, "--deepspeed.offload_parameters=true"],
         r"offload_parameters needs zero_stage 3: raise it",
+    ),
+    "ZeRO and Transformer Engine": (
+        [ZERO, "--model.backbone.transformer_impl=transformer_engine"],
+        r"trains megatron-core's own layers: set model\.backbone\.transformer_impl local",
+    ),
+    "layers for serving": (
+        ["--model.backbone.transformer_impl=inference_optimized"],
+        r"transformer_impl inference_optimized is for serving: set local or transformer_engine",
+    ),
+    "FP8 in megatron-core's layers": (
+        ["--precision.fp8=tensorwise", "--precision.dtype=bf16"],
+        r"fp8 tensorwise is for Transformer Engine's layers: set model\.backbone\.transformer_impl transformer_engine",
+    ),
+    "FP8 of fp32": (
+        [*FP8, "--precision.dtype=fp32", "--precision.fp8=delayed"],
+        r"fp8 delayed is for bf16 weights: set precision\.dtype bf16",
+    ),
+    "weights in FP8": ([*FP8, "--precision.fp8=delayed", "--model.backbone.fp8_param=true"], r"fp8_param .*: leave it out"),
+    "bf16 layers in bf16": (
+        [*FP8, "--model.backbone.first_last_layers_bf16=true"],
+        r"first_last_layers_bf16 spares layers from FP8, and precision\.fp8 is off: leave it out",
+    ),
+    "bf16 layers under delayed scaling": (
+        [*FP8, "--precision.fp8=delayed", "--model.backbone.first_last_layers_bf16=true"],
+        r"leave out model\.backbone\.first_last_layers_bf16, or set fp8 tensorwise",
+    ),
+    "FP8 by another name": (
+        [*FP8, "--model.backbone.fp8=e4m3"],
+        r"model\.backbone\.fp8 is e4m3, but precision\.fp8 makes it None: leave out the former",
+    ),
+    **{
+        f"FP8, {what}": ([*FP8, "--precision.fp8=blockwise", *options], rf"sides here in multiples of {multiple}, and {message}")
+        for what, options, multiple, message in (
+            (
+                "hidden size",
+                ["--model.backbone.hidden_size=40", "--model.backbone.kv_channels=8"],
+                16,
+                r"the hidden size is 40: change model\.backbone\.hidden_size",
+            ),
+            (
+                "heads",
+                ["--model.backbone.kv_channels=10"],
+                16,
+                r"the heads' channels are 40: change model\.backbone\.kv_channels",
+            ),
+            (
+                "queries, keys and values",
+                ["--model.backbone.num_query_groups=1", "--model.backbone.kv_channels=4"],
+                16,
+                r"queries, keys and values are 24",
+            ),
+            (
+                "feed-forward",
+                [*TP2, "--model.backbone.ffn_hidden_size=48"],
+                16,
+                r"the feed-forward size's channels on each of 2 tensor-parallel ranks are 24: change",
+            ),
+            (
+                "positions",
+                ["--data.sequence_length=84"],
+                16,
+                r"the positions of a microbatch are 168: change train\.micro_batch_size or data\.sequence_length",
+            ),
+            (
+                "hidden size gathered in blocks",
+                [*SP, "--data.sequence_length=128"],
+                128,
+                r"the hidden size is 32: change",
+            ),
+            (
+                "positions gathered in blocks",
+                [*SP, "--model.backbone.hidden_size=128", "--data.sequence_length=144"],
+                128,
+                r"the positions of a microbatch on each of 2 tensor-parallel ranks are 144",
+            ),
+        )
+    },
+    "a profile of one step": (
+        ["--train.profile=3"],
+        r"train\.profile 3 is not of the form A:B: give the first and the last step",
+    ),
+    "a profile that ends before it begins": (["--train.profile=7:6"], r"profile 7:6 is not a range of the steps 1 to 1000"),
+    "a profile behind the last step": (
+        ["--train.profile=3:9", "--train.steps=8"],
+        r"profile 3:9 is not a range of the steps 1 to 8 of the run: change it, or train\.steps",
+    ),
+    "dropout in FlexAttention": (
+        ["--model.attention=flex", "--model.backbone.attention_dropout=0.1", "--model.backbone.kv_channels=16"],
+        r"attention flex knows no dropout: set model\.backbone\.attention_dropout 0, or model\.attention dense",
+    ),
+    "narrow heads in FlexAttention": (
+        ["--model.attention=flex", "--model.backbone.kv_channels=14"],
+        r"heads of at least 16 channels, and they have 14: change model\.backbone\.kv_channels",
     ),
     "auto-encoder from nowhere": (["--data.codec.kind=vae"], r"kind is vae: give data\.codec\.path"),
     "auto-encoder for patches": (["--data.codec.path=vae"], r"data\.codec\.path is for data\.codec\.kind vae: leave it out"),
@@ -234,6 +328,11 @@ def test_sizes_of_the_backbone_must_be_given(name: str) -> None:
         ["--data.sequence_length=69"],
         ["--checkpoint.init_from=a", "--resume=never"],
         ["--model.alignment_loss_weight=1", "--model.alignment_features=8"],
+        ["--model.attention=flex", "--model.backbone.kv_channels=16"],
+        [*FP8, "--precision.fp8=delayed", *SP, "--data.sequence_length=80"],
+        [*FP8, "--precision.fp8=blockwise", *SP, "--data.sequence_length=128", "--model.backbone.hidden_size=128"],
+        [*FP8, "--precision.fp8=tensorwise", "--model.backbone.first_last_layers_bf16=true"],
+        ["--train.profile=8:8", "--train.steps=8"],
     ],
 )
 def test_what_only_just_fits_is_accepted(options: list[str]) -> None:
@@ -262,3 +361,35 @@ def test_a_number_of_processes_that_does_not_fit(options: list[str], world_size:
 @pytest.mark.parametrize(("options", "world_size"), [([], 1), ([], 4), (TP2, 2), (TP2, 8), ([*TP2, *PP2], 16), (INTERLEAVED, 2)])
 def test_a_number_of_processes_that_fits(options: list[str], world_size: int) -> None:
     validate_world(parse(*options).config, world_size=world_size)
+
+
+HOPPER, AMPERE = (9, 0), (8, 0)
+NEEDS_A_GPU = {
+    "FlexAttention": (
+        ["--model.attention=flex", "--model.backbone.kv_channels=16"],
+        r"attention flex needs a GPU, .*: set it to dense",
+    ),
+    "Transformer Engine": (FP8, r"transformer_impl transformer_engine needs a GPU: set it to local"),
+    "FP8": ([*FP8, "--precision.fp8=delayed"], r"fp8 delayed needs a GPU: set it to off"),
+}
+
+
+@pytest.mark.parametrize("what", NEEDS_A_GPU)
+def test_what_needs_a_gpu_is_refused_without_one(what: str) -> None:
+    options, message = NEEDS_A_GPU[what]
+    config = parse(*options).config
+    validate_machine(config, compute_capability=HOPPER)
+    with pytest.raises(ValueError, match=message) as refused:
+        validate_machine(config, compute_capability=None)
+    assert "\n" not in str(refused.value)
+
+
+def test_fp8_needs_hopper() -> None:
+    config = parse(*FP8, "--precision.fp8=tensorwise").config
+    with pytest.raises(ValueError, match=r"capability 9\.0 \(Hopper\) or more, and this has 8\.0: set it off"):
+        validate_machine(config, compute_capability=AMPERE)
+    validate_machine(parse(*FP8).config, compute_capability=AMPERE)
+
+
+def test_the_default_needs_no_gpu() -> None:
+    validate_machine(parse().config, compute_capability=None)

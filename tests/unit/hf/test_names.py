@@ -12,7 +12,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
 from mmar_megatron.hf.exporting import heads_of, hugging_face_config, tensors_of
 from mmar_megatron.hf.names import RULES, Heads, join, links, split
-from mmar_megatron.model.layer_specs import local_layer_spec
+from mmar_megatron.model.layer_specs import layer_spec
 from mmar_megatron.parallel import ParallelGroups
 from tests.distributed.common import CODEC
 from tests.unit.tiny import VOCAB_SIZE, config_of, model_of
@@ -69,7 +69,7 @@ def test_each_rule_is_needed(groups: ParallelGroups) -> None:
 def test_norms_have_the_names_of_transformer_engines_layers() -> None:
     """megatron-core's own local spec renames its norms to those names, so that its checkpoints load in either spec."""
     theirs = get_gpt_layer_local_spec(normalization="RMSNorm").submodules.sharded_state_dict_keys_map
-    ours = local_layer_spec(config_of().model.backbone).submodules.sharded_state_dict_keys_map
+    ours = layer_spec(config_of().model.backbone).submodules.sharded_state_dict_keys_map
     assert ours == theirs
     renamed = {f"decoder.layers.{name}weight" for name in theirs.values()}
     assert renamed <= {rule.ours for rule in RULES}

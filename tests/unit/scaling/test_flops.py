@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmar_megatron import parallel
-from mmar_megatron.config import EmbeddingViTConfig, HeadConfig, ModelConfig, ParallelConfig, TransformerConfig
+from mmar_megatron.config import EmbeddingViTConfig, HeadConfig, ModelConfig, ParallelConfig, PrecisionConfig, TransformerConfig
 from mmar_megatron.data.batch import IGNORE, Batch
 from mmar_megatron.model.attention import attention_bias, mixed_attention_allowed, rotary_angles
 from mmar_megatron.model.head import DiffusionHead
@@ -24,6 +25,7 @@ from mmar_megatron.parallel import ParallelGroups
 from mmar_megatron.scaling.flops import (
     Flops,
     ModelShape,
+    Peaks,
     StepCounts,
     attention,
     backbone_layer,
@@ -49,6 +51,7 @@ def model_config(*, gated: bool = True) -> ModelConfig:
         ffn_hidden_size=56,
         gated_linear_unit=gated,
         use_cpu_initialization=True,
+        transformer_impl="local",
         hidden_dropout=0.0,
         attention_dropout=0.0,
     )
@@ -176,9 +179,10 @@ def random_batch(*, levels: int) -> Batch:
 def test_full_recompute_runs_the_backbone_once_more() -> None:
     shape = model_shape(model_config())
     counts = StepCounts(sequences=SEQUENCES, sequence_length=LENGTH, images=3, labels=13, masked=17)
-    plain, recomputed = step_flops(shape, counts), step_flops(shape, counts, full_recompute=True)
+    plain, recomputed = step_flops(shape, counts), step_flops(shape, counts, repeated_layers=shape.num_layers)
     assert recomputed.model == plain.model
     assert recomputed.executed == plain.executed + plain.backbone.forward
+    assert step_flops(shape, counts, repeated_layers=1).recompute == plain.backbone.forward // shape.num_layers
 
 
 def test_linears_and_attention_by_hand() -> None:
@@ -214,3 +218,36 @@ def test_peak_flops(name: str, tflops: float | None) -> None:
 def test_peak_of_a_format_the_device_lacks() -> None:
     assert peak_flops("NVIDIA A100-SXM4-80GB", dtype="fp8") is None
     assert peak_flops("NVIDIA H100 80GB HBM3", dtype="fp8") == pytest.approx(1978.9e12)
+
+
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+def peaks(*, layers: int = 4, spare_ends: bool = False, device: str = H100, **precision: Any) -> Peaks | None:
+    backbone = replace(model_config().backbone, num_layers=layers, first_last_layers_bf16=spare_ends)
+    return Peaks.of(device, precision=PrecisionConfig(**precision), backbone=backbone)
+
+
+def test_peaks_are_of_the_formats_that_are_used() -> None:
+    assert peaks(dtype="bf16") == Peaks(dtype=989.4e12)
+    assert peaks(dtype="bf16", fp8="tensorwise") == Peaks(dtype=989.4e12, fp8=1978.9e12, fp8_layers=1.0)
+    assert peaks(dtype="bf16", fp8="blockwise", spare_ends=True) == Peaks(dtype=989.4e12, fp8=1978.9e12, fp8_layers=0.5)
+    assert peaks(dtype="bf16", fp8="delayed", device="NVIDIA A100-SXM4-80GB") is None
+    assert peaks(dtype="fp32", device="cpu") is None
+
+
+def test_seconds_at_the_peaks() -> None:
+    """By hand: half of the layers' products with weights at the peak of FP8, all else at the other."""
+    counts = StepCounts(sequences=SEQUENCES, sequence_length=LENGTH, images=3, labels=13, masked=17)
+    step = step_flops(model_shape(model_config()), counts, repeated_layers=1)
+    assert Peaks(dtype=2.0).seconds(step) == step.model / 2
+    assert Peaks(dtype=2.0).seconds(step, executed=True) == step.executed / 2
+
+    width = 6 * 10
+    attended = 2 * attention(batch=SEQUENCES, length=LENGTH, width=width).total
+    weights = step.backbone.total - attended
+    half = Peaks(dtype=2.0, fp8=4.0, fp8_layers=0.5)
+    assert half.seconds(step) == pytest.approx((step.model - weights / 2) / 2 + weights / 2 / 4)
+    repeated = step.recompute - attention(batch=SEQUENCES, length=LENGTH, width=width).forward
+    more = step.recompute / 2 - repeated / 2 / 2 + repeated / 2 / 4
+    assert half.seconds(step, executed=True) == pytest.approx(half.seconds(step) + more)

@@ -100,7 +100,7 @@ def test_each_run_has_its_budget_by_the_trainers_count(
             token_channels=source.codec.channels,
             condition_width=config.model.head.width,
         )
-        of_a_step = step_flops(shape, counts, full_recompute=True).executed / batches
+        of_a_step = step_flops(shape, counts, repeated_layers=shape.num_layers).executed / batches
         assert run.flops / run.steps == pytest.approx(of_a_step, rel=0.01)
         assert abs(run.flops - run.budget) <= 0.5 * run.flops / run.steps, "within half a step"
         assert config.train.steps == run.steps and config.run_dir == str(plan.run_dir(run))

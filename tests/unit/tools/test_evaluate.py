@@ -1,4 +1,4 @@
-"""A run of any layout is evaluated in one process."""
+"""A run of any layout, and of any machine, is evaluated in one process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.command_line import INTERLEAVED, PP2, TP2, parse
+from mmar_megatron.config_checks import validate_machine
+from tests.unit.command_line import FP8, INTERLEAVED, PP2, TP2, parse
 from tools.evaluate import _one_process
 
 
@@ -17,6 +18,8 @@ from tools.evaluate import _one_process
         [*PP2, "--parallel.pipeline_split=auto"],
         [*PP2, "--model.backbone.num_layers_in_first_pipeline_stage=1"],
         [*PP2, "--model.backbone.pipeline_model_parallel_layout=Ettt|tL"],
+        ["--model.attention=flex", "--model.backbone.kv_channels=16"],
+        [*FP8, "--precision.fp8=tensorwise", "--model.backbone.first_last_layers_bf16=true"],
     ],
 )
 def test_layout_is_undone(options: list[str], tmp_path: Path) -> None:
@@ -26,3 +29,4 @@ def test_layout_is_undone(options: list[str], tmp_path: Path) -> None:
     assert (layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.pipeline_split) == (1, 1, "even")
     assert (backbone.pipeline_model_parallel_layout, backbone.num_layers_in_first_pipeline_stage) == (None, None)
     assert (backbone.pipeline_model_parallel_size, backbone.virtual_pipeline_model_parallel_size) == (1, None)
+    validate_machine(config, compute_capability=None)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mmar_megatron.scaling.flops import Flops, Peaks, StepFlops
 from mmar_megatron.training.metrics import MetricsWriter, ProgressLine, Throughput, duration, read_metrics
 
 
@@ -122,31 +123,53 @@ def test_a_disabled_writer_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def operations(model: int, *, recompute: int) -> StepFlops:
+    none = Flops(0, 0)
+    return StepFlops(
+        backbone=Flops(model, 0),
+        attention=none,
+        embedding_vit=none,
+        vis_projector=none,
+        post_projector=none,
+        logits=none,
+        head=none,
+        recompute=recompute,
+    )
+
+
 def test_throughput_is_averaged_over_the_window_without_pauses() -> None:
     clock = Clock()
-    throughput = Throughput(num_devices=2, peak_flops=1e12, clock=clock)
+    throughput = Throughput(num_devices=2, peaks=Peaks(dtype=1e12), clock=clock)
     for _ in range(2):
         clock.now += 1.0
-        throughput.count(steps=2, samples=16, tokens=2048, flops=2e12)
+        throughput.count(steps=2, samples=16, tokens=2048, flops=operations(2 * 10**12, recompute=10**12))
     with throughput.paused():
         clock.now += 100.0
     rates = throughput.report()
     assert rates == pytest.approx(
-        {"step_time_s": 0.5, "samples_per_second": 16, "tokens_per_second": 2048, "tflops_per_device": 1.0, "mfu": 1.0}
+        {
+            "step_time_s": 0.5,
+            "samples_per_second": 16,
+            "tokens_per_second": 2048,
+            "tflops_per_device": 1.0,
+            "mfu": 1.0,
+            "hfu": 1.5,
+        }
     )
     clock.now += 3.0
-    throughput.count(steps=1, samples=6, tokens=768, flops=6e12)
+    throughput.count(steps=1, samples=6, tokens=768, flops=operations(6 * 10**12, recompute=0))
     assert throughput.report() == pytest.approx(
-        {"step_time_s": 3.0, "samples_per_second": 2, "tokens_per_second": 256, "tflops_per_device": 1.0, "mfu": 1.0}
+        {"step_time_s": 3.0, "samples_per_second": 2, "tokens_per_second": 256, "tflops_per_device": 1.0, "mfu": 1.0, "hfu": 1.0}
     )
 
 
 def test_mfu_is_unknown_without_a_peak() -> None:
     clock = Clock()
-    throughput = Throughput(num_devices=1, peak_flops=None, clock=clock)
+    throughput = Throughput(num_devices=1, peaks=None, clock=clock)
     clock.now = 1.0
-    throughput.count(steps=1, samples=1, tokens=1, flops=1.0)
-    assert throughput.report()["mfu"] is None
+    throughput.count(steps=1, samples=1, tokens=1, flops=operations(1, recompute=1))
+    rates = throughput.report()
+    assert (rates["mfu"], rates["hfu"]) == (None, None)
 
 
 def test_progress_line() -> None:
