@@ -87,8 +87,8 @@ def run_on_fake_tensors(
     """Of a piece that is run as it is, all layers of it. Arguments as `footprint`'s."""
     ranks = config.parallel.tensor_model_parallel_size
     with _fake_piece(config, piece, geometry=geometry, vocab_size=vocab_size) as model:
-        batch = _batch(microbatch, geometry=geometry, config=config)
-        rows = _rows(microbatch, tensor_parallel_size=ranks)
+        batch = fake_batch(microbatch, geometry=geometry, config=config)
+        rows = fake_rows(microbatch, tensor_parallel_size=ranks)
         given = () if piece.first else (_hidden_states(config, microbatch).requires_grad_(),)
         of_batch = [tensor for f in fields(batch) if (tensor := getattr(batch, f.name)) is not None]
         saved, watch = _Saved(model), _Watch(ranks=ranks, there=[*model.parameters(), *model.buffers(), *of_batch])
@@ -193,7 +193,8 @@ class _FusedNorm(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(weight)
 
 
-def _batch(microbatch: Microbatch, *, geometry: ImageGeometry, config: Config) -> Batch:
+def fake_batch(microbatch: Microbatch, *, geometry: ImageGeometry, config: Config) -> Batch:
+    """Of the microbatch's shape, with zeros in it."""
     sequence = (microbatch.sequences, microbatch.sequence_length)
     image = (max(1, microbatch.images), geometry.grid_height * geometry.grid_width)
     levels, features = config.model.head.timestep_multiplier, config.model.alignment_features
@@ -215,7 +216,8 @@ def _batch(microbatch: Microbatch, *, geometry: ImageGeometry, config: Config) -
     )
 
 
-def _rows(microbatch: Microbatch, *, tensor_parallel_size: int) -> RowsToLearn:
+def fake_rows(microbatch: Microbatch, *, tensor_parallel_size: int) -> RowsToLearn:
+    """As many as a rank has of the microbatch; which, is all one."""
     masked = -(-microbatch.masked // tensor_parallel_size)
     visible = microbatch.images  # of an image to be painted few are visible; of one to be read nobody asks for an alignment
     return RowsToLearn(
