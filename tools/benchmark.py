@@ -24,8 +24,8 @@ plain way, which runs over prompt and image anew in each round. `quality` paints
 numbers of steps of the head by several samplers, and tells how far from true pictures they are (by features of
 EfficientNet-Lite0, so that it is no FID); stopped, it goes on. All other options are those of pretrain_mmar.py; for `quality`
 they name the data.
-Prints one JSON object: medians over the rounds, and the quartiles of ratios; `head`, `logits` and `attention` a table on standard
-error too; `quality` writes tables and curves.
+Prints one JSON object: medians over the rounds, and the quartiles of ratios; `head`, `logits`, `attention`, and `step` without a
+variant print a table on standard error too; `quality` writes tables and curves.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
 
 def _step(args: argparse.Namespace, options: list[str]) -> dict[str, Any]:
     if args.variant is None:
-        return compare_with_plain(options, rounds=args.rounds)
+        return show(compare_with_plain(options, rounds=args.rounds))
     return compare_steps(options, variant=shlex.split(args.variant), rounds=args.rounds)
 
 

@@ -88,8 +88,8 @@ IMPLEMENTATIONS = {
     "unfused": Implementation(prepare=_unfused),
     "flex": Implementation(prepare=_flex, needs_gpu="torch's FlexAttention has no backward pass on a CPU"),
 }
-"""`dense` is the model's. `causal` has no mask but the order: what it takes less is what images and documents cost. `unfused` writes
-all scores to memory; `flex` leaves out blocks that the mask leaves empty."""
+"""`dense` is the model's. `causal` has no mask but the order: what it takes less is what images and documents cost. `unfused`
+writes all scores to memory; `flex` leaves out blocks that the mask leaves empty."""
 
 
 def compare_attention(

@@ -116,6 +116,8 @@ class PlainModel(nn.Module):
             raise ValueError(f"the model in plain PyTorch has no {further[0]}: leave out the option that adds it")
         for name, parameter in own.items():
             parameter.copy_(theirs[name])
+        # By the other's names, which the rule is made of.
+        self.decayed = {plain_name(name) for name, parameter in model.named_parameters() if decays(name, parameter)}
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sums over a microbatch: cross-entropies over labelled positions, squared errors over masked tokens."""
@@ -206,7 +208,7 @@ class PlainTrainer:
         self._autocast = torch.autocast(platform.device().type, dtype=torch.bfloat16, enabled=bf16)
         groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
         for name, parameter in model.named_parameters():
-            groups[decays(name, parameter)].append(parameter)
+            groups[name in model.decayed].append(parameter)
         self._optimizer = torch.optim.AdamW(
             [{"params": params, "weight_decay": config.weight_decay if decayed else 0.0} for decayed, params in groups.items()],
             lr=config.lr,

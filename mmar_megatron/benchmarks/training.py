@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from mmar_megatron import parallel, platform
+from mmar_megatron.benchmarks.parts import measure_parts
 from mmar_megatron.benchmarks.plain import PlainModel, PlainTrainer
 from mmar_megatron.benchmarks.timing import in_turn, median, ratio
 from mmar_megatron.config import CheckpointConfig, Config, parse_command_line
@@ -23,6 +24,7 @@ from mmar_megatron.data.batch import Batch
 from mmar_megatron.data.prepare import ensure_data
 from mmar_megatron.data.source import DataSource
 from mmar_megatron.engine.base import Engine
+from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.parallel import ParallelGroups
 from mmar_megatron.scaling.split import split_pipeline
 from mmar_megatron.training import checkpoint
@@ -50,7 +52,8 @@ def compare_steps(options: Sequence[str], *, variant: Sequence[str], rounds: int
 
 
 def compare_with_plain(options: Sequence[str], *, rounds: int) -> dict[str, Any]:
-    """Seconds of a step, and of the same step of the same model in plain PyTorch; how far loss and gradient of the first differ.
+    """Seconds of a step, and of the same step of the same model in plain PyTorch; how far loss and gradient of the first differ;
+    and what the step's parts take.
 
     Args:
         options: of pretrain_mmar.py. In bf16 plain PyTorch computes under autocast, as it has no fp32 weights beside others.
@@ -64,6 +67,7 @@ def compare_with_plain(options: Sequence[str], *, rounds: int) -> dict[str, Any]
         raise ValueError("plain PyTorch is held against the engine native on one process: give --variant, or leave the rest out")
     config, source, groups = prepare(config)
     engine = build_engine(config, source=source, groups=groups)
+    assert isinstance(engine, NativeEngine)
     assert engine.last_stage is not None
     bf16 = config.precision.dtype == "bf16"
     plain = PlainTrainer(PlainModel(config.model, engine.last_stage), config.optimizer, bf16=bf16)
@@ -82,7 +86,9 @@ def compare_with_plain(options: Sequence[str], *, rounds: int) -> dict[str, Any]
     engine_s, plain_s = in_turn([step, plain_step], rounds=rounds)
     sizes = {"parameters": sum(p.numel() for p in plain.model.parameters()), "dtype": config.precision.dtype}
     seconds = {"engine_step_s": median(engine_s), "plain_step_s": median(plain_s), **ratio(engine_s, plain_s)}
-    return {**sizes, **seconds, "relative_loss_difference": loss_apart, "relative_grad_norm_difference": norm_apart}
+    differences = {"relative_loss_difference": loss_apart, "relative_grad_norm_difference": norm_apart}
+    parts = measure_parts(engine, microbatches, learning_rate=config.optimizer.lr, rounds=rounds)
+    return {**sizes, **seconds, **differences, "rows": parts}
 
 
 def compare_saves(options: Sequence[str], *, directory: Path | None, rounds: int) -> dict[str, Any]:
