@@ -53,7 +53,8 @@ def test_plain_pytorch_is_the_model(options: Sequence[str], microbatches: list[B
 
 def test_plain_pytorch_learns_alike(microbatches: list[Batch], groups: ParallelGroups) -> None:
     """Three steps: clipping, weight decay and AdamW are the same."""
-    options = ["--optimizer.weight_decay", "0.5", "--optimizer.clip_grad", "0.1"]
+    # Biases of keys have gradients that are mere rounding errors. AdamW divides gradients by their size, but for eps.
+    options = ["--optimizer.weight_decay", "0.5", "--optimizer.clip_grad", "0.1", "--optimizer.eps", "1e-4"]
     config, engine = config_of(*options), engine_of(groups, *options)
     assert engine.last_stage is not None
     before = weights(engine)
@@ -79,10 +80,9 @@ def test_parts_make_up_the_step(microbatches: list[Batch], groups: ParallelGroup
     batches = [*microbatches, texts]
     rows = measure_parts(watched, batches, learning_rate=1e-3, rounds=3)
     assert tuple(row["part"] for row in rows) == PARTS
-    assert sum(row["share"] for row in rows) == pytest.approx(1, abs=0.2)  # medians of parts need not add up
     for row in rows[:4]:
         assert min(row["forward_s"], row["backward_s"]) > 0, row
-    for row in rows[4:]:
+    for row in rows[4:]:  # the last is what the others leave: below zero if time were counted twice
         assert row["forward_s"] > 0 == row["backward_s"], row
     for _ in range(6):
         alone.train_step(batches, learning_rate=1e-3)
