@@ -168,7 +168,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_parts(kinds: Any) -> None:
     head = kinds.add_parser("head", help="the diffusion head on masked tokens beside the head on all")
-    head.add_argument("--images", type=int, default=64 if platform.HAS_CUDA else 4, help="(default 4, on a GPU 64)")
+    head.add_argument("--images", type=int, default=64 if platform.HAS_CUDA else 16, help="(default 16, on a GPU 64)")
     head.add_argument("--channels", type=int, default=16, help="of a token (default 16)")
     head.set_defaults(run=_head)
     logits = kinds.add_parser("logits", help="logits and cross-entropy at labels beside those at all positions")
@@ -183,7 +183,7 @@ def _add_parts(kinds: Any) -> None:
     attention.set_defaults(run=_attention)
     for kind in (logits, attention):
         kind.add_argument("--text_tokens", type=int, default=64, help="of a sequence, or a document (default 64)")
-    for kind, tokens in ((head, 256 if platform.HAS_CUDA else 64), (logits, 256), (attention, 256)):
+    for kind, tokens in ((head, 256 if platform.HAS_CUDA else 32), (logits, 256), (attention, 256)):
         kind.add_argument("--image_tokens", type=int, default=tokens, help=f"of an image (default {tokens})")
     for kind in (head, logits, attention):
         kind.add_argument("--rounds", type=int, default=10, help="of which medians are taken (default 10)")

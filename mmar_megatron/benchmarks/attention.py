@@ -73,7 +73,8 @@ def _flex(config: TransformerConfig, batch: Batch) -> Attend:
 
 @functools.cache
 def _compiled_flex() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=False)
+    # Were it compiled in parts, or for more lengths than torch keeps, an unfused implementation would run, unsaid.
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def _attend(kernel: Callable[..., Tensor], query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> Tensor:

@@ -76,13 +76,13 @@ def test_what_lay_ready_does_not_count() -> None:
 
 def result_of(capsys: pytest.CaptureFixture[str], *line: str) -> tuple[dict[str, Any], str]:
     """What a benchmark prints: the JSON object, and the table for people."""
-    benchmark.main([*line, "--rounds", "2"])
+    benchmark.main([*line, "--rounds", "3"])
     printed = capsys.readouterr()
     return json.loads(printed.out), printed.err
 
 
 def assert_ordered(row: dict[str, Any]) -> None:
-    assert 0 < row["ratio_quartiles"][0] <= row["ratio"] <= row["ratio_quartiles"][1]
+    assert row["ratio_quartiles"][0] <= row["ratio"] <= row["ratio_quartiles"][1]
 
 
 def test_step_beside_plain_pytorch(coarse_shapes_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
