@@ -1,4 +1,4 @@
-"""The training step with and without an option, and checkpoints in the foreground and in the background."""
+"""The training step with and without an option, or beside plain PyTorch; checkpoints in the foreground and in the background."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from mmar_megatron import parallel, platform
+from mmar_megatron.benchmarks.parts import measure_parts
+from mmar_megatron.benchmarks.plain import PlainModel, PlainTrainer
 from mmar_megatron.benchmarks.timing import in_turn, median, ratio
 from mmar_megatron.config import CheckpointConfig, Config, parse_command_line
 from mmar_megatron.config_checks import validate_world
@@ -22,6 +24,7 @@ from mmar_megatron.data.batch import Batch
 from mmar_megatron.data.prepare import ensure_data
 from mmar_megatron.data.source import DataSource
 from mmar_megatron.engine.base import Engine
+from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.parallel import ParallelGroups
 from mmar_megatron.scaling.split import split_pipeline
 from mmar_megatron.training import checkpoint
@@ -46,6 +49,46 @@ def compare_steps(options: Sequence[str], *, variant: Sequence[str], rounds: int
     return {"variant": shlex.join(variant), "step_s": median(base_s), "variant_step_s": median(variant_s)} | ratio(
         variant_s, base_s
     )
+
+
+def compare_with_plain(options: Sequence[str], *, rounds: int) -> dict[str, Any]:
+    """Seconds of a step, and of the same step of the same model in plain PyTorch; how far loss and gradient of the first differ;
+    and what the step's parts take.
+
+    Args:
+        options: of pretrain_mmar.py. In bf16 plain PyTorch computes under autocast, as it has no fp32 weights beside others.
+        rounds: of which medians are taken.
+
+    Raises:
+        ValueError: several processes, another engine, or a model that plain PyTorch lacks, so that the losses differ.
+    """
+    config = parse_command_line(options).config
+    if config.engine != "native" or platform.world_size() > 1:
+        raise ValueError("plain PyTorch is held against the engine native on one process: give --variant, or leave the rest out")
+    config, source, groups = prepare(config)
+    engine = build_engine(config, source=source, groups=groups)
+    assert isinstance(engine, NativeEngine)
+    assert engine.last_stage is not None
+    bf16 = config.precision.dtype == "bf16"
+    plain = PlainTrainer(PlainModel(config.model, engine.last_stage), config.optimizer, bf16=bf16)
+    microbatches = one_step_of_data(config, source=source, groups=groups)
+
+    def step() -> tuple[float, float]:
+        result = engine.train_step(microbatches, learning_rate=config.optimizer.lr)
+        return result.loss, result.grad_norm
+
+    def plain_step() -> tuple[float, float]:
+        return plain.train_step(microbatches)
+
+    loss_apart, norm_apart = (abs(a / b - 1) for a, b in zip(step(), plain_step(), strict=True))
+    if (apart := max(loss_apart, norm_apart)) > (0.02 if bf16 else 1e-4):
+        raise ValueError(f"loss and gradient are {apart:.2g} off those of plain PyTorch, which lacks an option: leave that out")
+    engine_s, plain_s = in_turn([step, plain_step], rounds=rounds)
+    sizes = {"parameters": sum(p.numel() for p in plain.model.parameters()), "dtype": config.precision.dtype}
+    seconds = {"engine_step_s": median(engine_s), "plain_step_s": median(plain_s), **ratio(engine_s, plain_s)}
+    differences = {"relative_loss_difference": loss_apart, "relative_grad_norm_difference": norm_apart}
+    parts = measure_parts(engine, microbatches, learning_rate=config.optimizer.lr, rounds=rounds)
+    return {**sizes, **seconds, **differences, "rows": parts}
 
 
 def compare_saves(options: Sequence[str], *, directory: Path | None, rounds: int) -> dict[str, Any]:

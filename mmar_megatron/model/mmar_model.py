@@ -238,7 +238,7 @@ class MMARModel(LanguageModule):
         sequences = h_SBD.shape[1]
         h_TD = rearrange(h_SBD, "s b d -> (s b) d")
         labels_T = rearrange(batch.labels_BS, "b s -> (s b)")
-        text = self._text_loss(h_TD[rows.labelled], labels_L=labels_T[rows.labelled])
+        text = self.text_errors(h_TD[rows.labelled], labels_L=labels_T[rows.labelled]).sum()
         position_MN = batch.image_positions_MN
         row_MN = position_MN % batch.tokens_BS.shape[1] * sequences + position_MN // batch.tokens_BS.shape[1]
         return LossSums(
@@ -252,15 +252,22 @@ class MMARModel(LanguageModule):
         chosen = chosen_MN.flatten().nonzero().squeeze(1)
         return chosen[self.groups.tensor.rank() :: self.groups.tensor.size()]
 
-    def _text_loss(self, h_LD: Tensor, *, labels_L: Tensor) -> Tensor:
-        logits_LV = self._parallel_logits(h_LD)
-        return vocab_parallel_cross_entropy(logits_LV.float(), labels_L).sum()
+    def text_errors(self, h_LD: Tensor, *, labels_L: Tensor) -> Tensor:
+        """Cross-entropy of each label, [L] in fp32, from final hidden states that have entered the heads. Last stage only."""
+        return vocab_parallel_cross_entropy(self._parallel_logits(h_LD).float(), labels_L)
 
-    def _image_loss(self, h_KD: Tensor, *, batch: Batch, masked: Tensor) -> dict[str, Tensor]:
+    def image_errors(self, h_KD: Tensor, *, batch: Batch, tokens_K: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared errors of image tokens, and what predicting zero would cost, each [K, R] in fp32. Last stage only.
+
+        Args:
+            h_KD: final hidden states that have entered the heads.
+            batch: has the tokens, their noise and its levels.
+            tokens_K: which they are, as indices into (M N).
+        """
         x_KC, noise_KRC, u_KR = (
-            rearrange(t, "m n ... -> (m n) ...")[masked] for t in (batch.latents_MNC, batch.noise_MNRC, batch.timesteps_MNR)
+            rearrange(t, "m n ... -> (m n) ...")[tokens_K] for t in (batch.latents_MNC, batch.noise_MNRC, batch.timesteps_MNR)
         )
-        loss_KR, zero_KR = denoising_loss(
+        return denoising_loss(
             self.denoise,
             x_KC=x_KC,
             noise_KRC=noise_KRC,
@@ -269,6 +276,10 @@ class MMARModel(LanguageModule):
             schedule=self.schedule,
             parameterization=self.parameterization,
         )
+
+    def _image_loss(self, h_KD: Tensor, *, batch: Batch, masked: Tensor) -> dict[str, Tensor]:
+        loss_KR, zero_KR = self.image_errors(h_KD, batch=batch, tokens_K=masked)
+        u_KR = rearrange(batch.timesteps_MNR, "m n r -> (m n) r")[masked]
         loss_K = loss_KR.mean(dim=1)
         by_timestep, rows_by_timestep = bucketed(loss_KR.detach().flatten(), u_KR.flatten())
         ratio_MN = batch.masked_MN.float().mean(dim=1, keepdim=True).expand_as(batch.masked_MN)

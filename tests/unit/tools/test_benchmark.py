@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from mmar_megatron import parallel
 from mmar_megatron.benchmarks.exporting import measure_export
 from mmar_megatron.benchmarks.indexing import locality, measure_index
 from mmar_megatron.benchmarks.loading import Reading, at_random, in_order
 from mmar_megatron.benchmarks.quality import QualityPlan
+from mmar_megatron.benchmarks.rows import compare_head
 from mmar_megatron.benchmarks.timing import WARM_UP, in_turn, ratio
 from mmar_megatron.config import DataConfig, parse_command_line
 from mmar_megatron.data.source import DataSource
@@ -70,6 +72,79 @@ def test_what_lay_ready_does_not_count() -> None:
     for _ in range(WARM_UP + 2):
         reading()
     assert reading.samples_per_s([2.0, 3.0]) == pytest.approx([6 * 24 / 2, 6 * 24 / 3])
+
+
+def result_of(capsys: pytest.CaptureFixture[str], *line: str) -> tuple[dict[str, Any], str]:
+    """What a benchmark prints: the JSON object, and the table for people."""
+    benchmark.main([*line, "--rounds", "3"])
+    printed = capsys.readouterr()
+    return json.loads(printed.out), printed.err
+
+
+def assert_ordered(row: dict[str, Any]) -> None:
+    assert row["ratio_quartiles"][0] <= row["ratio"] <= row["ratio_quartiles"][1]
+
+
+def test_step_beside_plain_pytorch(coarse_shapes_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [*MODEL, "--data.path", str(coarse_shapes_dir)]
+    found, table = result_of(capsys, "step", *options)
+    assert found["parameters"] > 50_000
+    assert min(found["engine_step_s"], found["plain_step_s"]) > 0
+    assert max(found["relative_loss_difference"], found["relative_grad_norm_difference"]) < 1e-5
+    assert_ordered(found)
+    assert [row["part"] for row in found["rows"]][:4] == ["embedding", "backbone", "logits", "head"]
+    assert "| part | forward_s | backward_s | share |" in table
+    with pytest.raises(SystemExit, match="which lacks an option: leave that out"):
+        benchmark.main(["step", "--rounds", "2", *options, "--model.backbone.attention_dropout", "0.5"])
+    parallel.leave()
+    with pytest.raises(SystemExit, match="is held against the engine native on one process"):
+        benchmark.main(["step", *options, "--engine", "deepspeed"])
+
+
+def test_rows_that_matter(capsys: pytest.CaptureFixture[str]) -> None:
+    small = [*MODEL, "--image_tokens", "16"]
+    head, table = result_of(capsys, "head", *small, "--images", "8", "--channels", "4")
+    assert (head["depth"], head["width"], head["timestep_multiplier"], head["tokens"]) == (2, 24, 2, 128)
+    assert list(head["skipped"]) == ["masked, compiled"]
+    assert "masked, compiled is left out: torch.compile is measured on GPUs alone" in table
+    assert [row["case"] for row in head["rows"]] == ["stage 1", "uniform"]
+    assert 0.7 < head["rows"][0]["share"] < 1
+    assert 0.2 < head["rows"][1]["share"] < 0.7
+
+    logits, _ = result_of(capsys, "logits", *small, "--sequences", "2", "--text_tokens", "4", "--vocabulary", "300")
+    assert (logits["positions"], logits["labels"], logits["hidden_size"]) == (2 * 20, 2 * 4, 32)
+    assert logits["rows"][0]["share"] == 0.2
+    for row in [*head["rows"], *logits["rows"]]:
+        assert_ordered(row)
+        assert row["limit"] == pytest.approx(1 / row["share"], rel=1e-3)
+        assert row["of_limit"] == pytest.approx(row["ratio"] * row["share"], rel=1e-3)
+        assert row["relative_loss_difference"] < 1e-5
+
+
+def test_compiled_head_is_compared_too() -> None:
+    """Where nothing is compiled, as here, it is the same head again."""
+    try:
+        found = compare_head(MODEL, images=2, image_tokens=4, channels=4, rounds=2, compiled=True)
+    finally:
+        parallel.leave()
+    assert [row["rows"] for row in found["rows"]] == ["masked", "masked, compiled"] * 2
+    assert found["skipped"] == {}
+
+
+def test_attention(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["attention", *MODEL, "--text_tokens", "4", "--image_tokens", "16"]
+    found, table = result_of(capsys, *line, "--lengths", "20", "50", "--positions", "60")
+    assert (found["heads"], found["groups"], found["width"], found["document"]) == (4, 2, 8, [4, 16])
+    of_length = {length: [row for row in found["rows"] if row["length"] == length] for length in (20, 50)}
+    assert [row["implementation"] for row in of_length[20]] == ["dense", "causal", "unfused"]
+    assert [rows[0]["sequences"] for rows in of_length.values()] == [3, 1]
+    assert all(rows[0]["ratio"] == 1 for rows in of_length.values())
+    for row in found["rows"]:
+        assert_ordered(row)
+    assert found["skipped"] == {"flex": "torch's FlexAttention has no backward pass on a CPU"}
+    assert "flex is left out: torch's FlexAttention has no backward pass on a CPU" in table
+    with pytest.raises(SystemExit, match="error: length 19 has no room for a document of 4 \\+ 16 positions: make it longer"):
+        benchmark.main([*line, "--lengths", "19"])
 
 
 @pytest.mark.distributed

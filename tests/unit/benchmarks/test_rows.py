@@ -1,0 +1,114 @@
+"""Computing only what has a loss changes neither loss nor gradient; and the ways of attention attend to the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmar_megatron.benchmarks import rows
+from mmar_megatron.benchmarks.attention import IMPLEMENTATIONS, MODEL
+from mmar_megatron.benchmarks.synthetic import stirred_model, synthetic_batch
+from mmar_megatron.config import MaskRatioConfig
+from mmar_megatron.data.batch import Batch
+from mmar_megatron.model.mmar_model import MMARModel
+from mmar_megatron.parallel import ParallelGroups
+from tests.unit.model.unfused import use_unfused_flex
+from tests.unit.tiny import config_of
+
+UNIFORM = MaskRatioConfig(distribution="uniform", minimum=0.0)
+
+
+@pytest.fixture(scope="module")
+def model(groups: ParallelGroups) -> MMARModel:
+    return stirred_model(config_of(), groups=groups, channels=3, vocab_size=200)
+
+
+def batch_of(*, documents: int = 1, length: int | None = None) -> Batch:
+    return synthetic_batch(
+        rows=2,
+        documents=documents,
+        text=5,
+        image_tokens=8,
+        channels=3,
+        levels=2,
+        mask_ratio=UNIFORM,
+        length=length,
+        seed=1,
+    )
+
+
+def learned(learn: Callable[[Tensor], Tensor], model: MMARModel, *, positions: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Loss, and gradients of hidden states and weights."""
+    h_TD = torch.randn(positions, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    loss = learn(h_TD)
+    assert h_TD.grad is not None
+    return loss, h_TD.grad, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("part", ["head", "logits"])
+def test_what_is_left_out_has_no_loss(part: str, model: MMARModel) -> None:
+    batch = batch_of()
+    labels_T = batch.labels_BS.flatten()
+    if part == "head":
+        everywhere = partial(rows._head_everywhere, model, batch=batch)
+        chosen = partial(rows._head_on_masked, model, batch=batch)
+        counted_T = batch.masked_MN.flatten()
+    else:
+        everywhere = partial(rows._logits_everywhere, model, labels_T=labels_T)
+        chosen = partial(rows._logits_at_labels, model, labels_T=labels_T)
+        counted_T = labels_T >= 0
+    assert 0 < counted_T.sum() < len(counted_T)
+    loss, of_hidden_TD, of_weights = learned(everywhere, model, positions=len(counted_T))
+    again, of_hidden_again_TD, of_weights_again = learned(chosen, model, positions=len(counted_T))
+    assert loss > 0.1
+    torch.testing.assert_close(again, loss)
+    torch.testing.assert_close(of_hidden_again_TD, of_hidden_TD)
+    torch.testing.assert_close(of_weights_again, of_weights)
+    assert torch.equal(of_hidden_TD.ne(0).any(dim=1), counted_T)
+    assert min(float(gradient.abs().max()) for gradient in of_weights.values()) > 0
+    assert any(name.startswith("diffusion_head.") for name in of_weights) == (part == "head")
+
+
+def test_stages_mask_what_they_say() -> None:
+    def share(mask_ratio: MaskRatioConfig) -> float:
+        batch = synthetic_batch(rows=200, text=1, image_tokens=64, mask_ratio=mask_ratio, seed=1)
+        return float(batch.num_masked) / batch.masked_MN.numel()
+
+    # The normal distribution of mean 1 and deviation 1/4, cut to [0.7, 1], has mean 1 - (phi(0) - phi(1.2)) / 4 (Phi(1.2) - 1/2).
+    # Rounding up to whole tokens adds 1/128.
+    assert share(rows.STAGES["stage 1"]) == pytest.approx(0.867 + 1 / 128, abs=0.01)
+    assert share(rows.STAGES["uniform"]) == pytest.approx(0.5 + 1 / 128, abs=0.05)
+
+
+@pytest.mark.parametrize("name", [name for name in IMPLEMENTATIONS if name not in (MODEL, "causal")])
+@torch.no_grad()
+def test_all_attend_alike(name: str, model: MMARModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what is compiled for GPUs alone: here it runs uncompiled, forward."""
+    use_unfused_flex(monkeypatch)
+    batch = batch_of(documents=2, length=32)
+    assert (batch.document_ids_BS < 0).any()
+    _compare(name, model, batch=batch, real_BS=batch.document_ids_BS >= 0)
+
+
+@torch.no_grad()
+def test_causal_attention_is_that_of_text(model: MMARModel) -> None:
+    batch = batch_of()
+    _compare("causal", model, batch=batch, real_BS=batch.span_ids_BS < 0)
+    with pytest.raises(AssertionError, match="Mismatched elements"):
+        _compare("causal", model, batch=batch, real_BS=batch.document_ids_BS >= 0)
+
+
+def _compare(name: str, model: MMARModel, *, batch: Batch, real_BS: Tensor) -> None:
+    config = model.settings.backbone
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch.tokens_BS.shape[1], 2)
+    query_SBHD, key_SBGD, value_SBGD = (torch.randn(*shape, n, 8, generator=generator) for n in (4, 2, 2))
+    expected_SBD, found_SBD = (
+        IMPLEMENTATIONS[which].prepare(config, batch)(query_SBHD, key_SBGD, value_SBGD) for which in (MODEL, name)
+    )
+    assert expected_SBD.shape == (*shape, 32)
+    torch.testing.assert_close(found_SBD.transpose(0, 1)[real_BS], expected_SBD.transpose(0, 1)[real_BS])
