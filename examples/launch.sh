@@ -27,6 +27,7 @@ launch() {
   # shellcheck source=/dev/null
   [[ -z ${SETUP:-} ]] || source "$SETUP"
   RUN_DIR=$(value_of --run_dir "$@")
+  [[ -n $RUN_DIR ]] || RUN_DIR=$(python pretrain_mmar.py "$@" --print_config | sed -n 's/^run_dir: //p') # of a configuration file
   if [[ -z ${SLURM_JOB_ID:-} ]]; then
     launch_node "$@"
   elif ((${SLURM_STEP_ID:-0xfffffffb} < 0xfffffffa)); then # above are batch scripts, and the shells that salloc gives

@@ -71,6 +71,7 @@ def validate(cfg: Namespace) -> None:
     _check_model(cfg)
     _check_layout(cfg)
     _check_pipeline(cfg)
+    _check_recomputation(cfg)
     _check_data(cfg)
     _check_precision(cfg)
     if cfg.engine == "deepspeed":
@@ -226,14 +227,20 @@ def _check_precision(cfg: Namespace) -> None:
         fp8 != "delayed" or not backbone.first_last_layers_bf16,
         "precision.fp8 delayed is for all layers: leave out model.backbone.first_last_layers_bf16, or set fp8 tensorwise.",
     )
+    misfit = fp8_misfit(cfg)
+    _require(misfit is None, misfit or "")
+
+
+def fp8_misfit(cfg: Namespace | Config) -> str | None:
+    """Why Transformer Engine's FP8 kernels cannot multiply the matrices of this layout, if they cannot."""
     for what, size, multiple, option in _fp8_sides(cfg):
-        _require(
-            size % multiple == 0,
-            f"precision.fp8 {fp8} wants matrices with sides here in multiples of {multiple}, and {what} {size}: change {option}.",
-        )
+        if size % multiple:
+            sides = f"matrices with sides here in multiples of {multiple}"
+            return f"precision.fp8 {cfg.precision.fp8} wants {sides}, and {what} {size}: change {option}."
+    return None
 
 
-def _fp8_sides(cfg: Namespace) -> Iterator[tuple[str, int, int, str]]:
+def _fp8_sides(cfg: Namespace | Config) -> Iterator[tuple[str, int, int, str]]:
     """Of the matrices that one rank multiplies in a layer: what is, how many, a multiple of what, the option that changes it."""
     backbone, parallel = cfg.model.backbone, cfg.parallel
     ranks = parallel.tensor_model_parallel_size
@@ -319,6 +326,24 @@ def _check_pipeline(cfg: Namespace) -> None:
             all(split[1:-1]),
             f"parallel.pipeline_split {split} leaves a piece empty: only the first and the last may have no layers, change it.",
         )
+
+
+def _check_recomputation(cfg: Namespace) -> None:
+    """megatron-core finds out in the first step, and says that an index is out of range."""
+    parallel, backbone = cfg.parallel, cfg.model.backbone
+    if backbone.recompute_granularity != "full" or backbone.recompute_method != "uniform" or not backbone.recompute_num_layers:
+        return
+    together, layers, split = backbone.recompute_num_layers, backbone.num_layers, parallel.pipeline_split
+    pieces = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
+    if split == "auto" and pieces > 1:
+        fits = together == 1
+    else:
+        fits = all(of_piece % together == 0 for of_piece in ([layers // pieces] if isinstance(split, str) else split))
+    _require(
+        fits,
+        f"model.backbone.recompute_num_layers {together} must divide the layers of each piece of the pipeline (of pipeline_split "
+        "auto, only 1 does for certain): change it, or take recompute_method block.",
+    )
 
 
 def _check_data(cfg: Namespace) -> None:

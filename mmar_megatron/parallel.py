@@ -6,6 +6,7 @@ megatron-core keeps its groups in a module of globals. We make them once, here, 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,7 +114,9 @@ def initialize_fake(config: ParallelConfig, *, rank: int, world_size: int) -> Pa
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    hook = sys.excepthook
     torch.distributed.init_process_group(backend="fake", store=FakeStore(), rank=rank, world_size=world_size)
+    sys.excepthook = hook  # torch has put one before it, which would name a rank that there is not in each line of a traceback
     return _build_groups(config, create_gloo_process_groups=False, timeout=timedelta(hours=1))
 
 

@@ -18,6 +18,7 @@ import sys
 from functools import partial
 
 from mmar_megatron.config import Config, parse_command_line
+from mmar_megatron.config_checks import OTHER_SPLITS
 from mmar_megatron.data.prepare import ensure_data
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.scaling.expected import FullestRow, RowMeans, expected_counts, expected_flops
@@ -44,6 +45,9 @@ def main(argv: list[str]) -> None:
 
 def report(args: argparse.Namespace, config: Config) -> None:
     """Print what is asked for."""
+    backbone = config.model.backbone
+    if taken := next((name for name in OTHER_SPLITS if getattr(backbone, name)), None):
+        raise ValueError(f"model.backbone.{taken} is not planned with: say the same by parallel.pipeline_split.")
     ensure_data(config.data)
     source = open_source(config)
     geometry, vocab_size = ImageGeometry.of(source.codec), source.tokenizer.vocab_size
@@ -79,12 +83,18 @@ def report(args: argparse.Namespace, config: Config) -> None:
     print(json.dumps(as_json(of_layout)) if args.json else f"{planned.table()}\n\n{table(of_layout)}")
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of GPUs: give 1 or more")
+    return int(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line; what it does not know is for pretrain_mmar.py's."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--gpus", type=int, required=True, help="of the whole job")
+    parser.add_argument("--gpus", type=_positive, required=True, help="of the whole job")
     parser.add_argument("--gpu", choices=GPUS, default="h100", help="which (default h100)")
     parser.add_argument("--search", action="store_true", help="rank the layouts that fit")
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")

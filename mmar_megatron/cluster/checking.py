@@ -17,7 +17,7 @@ from mmar_megatron.cluster.facts import Facts, collect
 from mmar_megatron.cluster.findings import Finding, Needs, error, of_clocks, of_machines, of_room
 from mmar_megatron.cluster.together import clock_offsets, gather, storage_problem, sum_up
 from mmar_megatron.config import Config
-from mmar_megatron.config_checks import validate_world
+from mmar_megatron.config_checks import validate_machine, validate_world
 from mmar_megatron.data.index import INDEX_NAME
 from mmar_megatron.data.prepare import ensure_data
 from mmar_megatron.model.image_geometry import ImageGeometry
@@ -104,14 +104,15 @@ def look(config: Config, *, size: Size, clock: Callable[[], float] = time.time) 
     facts: list[Facts] = gather(collect(_paths(config)))
     own = facts[torch.distributed.get_rank()]
     needs = Needs(
-        transformer_engine=str(config.precision.fp8) != "off",
+        transformer_engine=config.model.backbone.transformer_impl == "transformer_engine",
         tensor_parallel=config.parallel.tensor_model_parallel_size > 1,
         loader_processes=config.data.num_workers > 0,
         run_dir=config.run_dir,
         checkpoint_bytes=size.num_bytes,
-        kept_checkpoints=(config.checkpoint.keep_last or 2) + 1,
+        kept_checkpoints=max(1, (config.checkpoint.keep_last or 2) + 1 - len(under_final_names(config.run_dir))),
     )
     findings = of_machines(facts, needs=needs) + ([error(size.unknown)] if size.unknown else [])
+    findings += dict.fromkeys(error(problem) for problem in gather(_machine_problem(config)) if problem is not None)
     run_dir = Path(config.run_dir)
     for place, problem in gather((own.place, storage_problem(run_dir, is_first_of_node=own.local_rank == 0))):
         if problem is not None:
@@ -172,6 +173,15 @@ def checkpoint_size(config: Config) -> Size:
         return Size(unknown=str(failure))
     of_each = _SAVED_BYTES[config.precision.dtype] + _AVERAGE_BYTES * (config.optimizer.ema_decay > 0)
     return Size(num_bytes=of_each * sum(planned.parameters.values()))
+
+
+def _machine_problem(config: Config) -> str | None:
+    """Why this rank's device cannot compute what is configured, if it cannot."""
+    try:
+        validate_machine(config, compute_capability=platform.compute_capability())
+    except ValueError as failure:
+        return str(failure)
+    return None
 
 
 def _paths(config: Config) -> list[str]:

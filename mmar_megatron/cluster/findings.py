@@ -38,7 +38,7 @@ class Needs:
     run_dir: str
     checkpoint_bytes: int
     kept_checkpoints: int
-    """That lie there at once."""
+    """That are to lie there beside those that do."""
 
 
 def error(text: str) -> Finding:
@@ -86,7 +86,7 @@ def of_room(free_bytes: int, *, needs: Needs) -> list[Finding]:
     if free_bytes < together:
         return [
             warning(
-                f"{room}, but the {needs.kept_checkpoints} checkpoints that lie there at once take {together / 1e9:,.1f} GB: "
+                f"{room}, but the {needs.kept_checkpoints} further checkpoints that are kept take {together / 1e9:,.1f} GB: "
                 "lower checkpoint.keep_last or choose another run_dir"
             )
         ]
@@ -113,7 +113,7 @@ def _packages(nodes: Sequence[Facts], *, needs: Needs) -> Iterator[Finding]:
     missing = [facts for facts in nodes if facts.versions["transformer_engine"] == "not installed"]
     if needs.transformer_engine and missing:
         yield error(
-            f"precision.fp8 needs Transformer Engine, which {_places(missing)} lacks: "
+            f"the model's layers are of Transformer Engine, which {_places(missing)} lacks: "
             "pip install --no-build-isolation -r requirements-gpu.txt"
         )
 

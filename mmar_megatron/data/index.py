@@ -194,7 +194,10 @@ def read_header(directory: str | Path, storage: Storage) -> dict[str, Any]:
         ValueError: there is none, it is not whole, or it has another format version.
     """
     if storage.size(INDEX_NAME) is None:
-        made = f"make one with `python tools/prepare_data.py shapes --out {directory}` (or `emoji`)"
+        made = (
+            "make one of your pictures and texts as docs/data.md says, or to try things "
+            f"by `python tools/prepare_data.py shapes --out {directory}`"
+        )
         raise ValueError(f"no data set at {directory}: {'copy one there' if '://' in str(directory) else made}")
     name = f"{directory}/{INDEX_NAME}"
     try:

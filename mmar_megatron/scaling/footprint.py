@@ -61,7 +61,7 @@ class Footprint:
     row_parallel: int
     """Those of them whose gradients are summed over the tensor-parallel ranks, which see different rows."""
     saved: int
-    """Kept from forward to backward, the piece's input included."""
+    """Kept from forward to backward, the piece's input included, and its output, but for the loss."""
     peak: int
     """Most that there is at a time in forward and backward, beside weights and the microbatch; `saved` is within."""
     batch: int
@@ -88,7 +88,7 @@ def run_on_fake_tensors(
     ranks = config.parallel.tensor_model_parallel_size
     with _fake_piece(config, piece, geometry=geometry, vocab_size=vocab_size) as model:
         batch = fake_batch(microbatch, geometry=geometry, config=config)
-        rows = fake_rows(microbatch, tensor_parallel_size=ranks)
+        rows = fake_rows(microbatch, geometry=geometry, config=config)
         given = () if piece.first else (_hidden_states(config, microbatch).requires_grad_(),)
         of_batch = [tensor for f in fields(batch) if (tensor := getattr(batch, f.name)) is not None]
         saved, watch = _Saved(model), _Watch(ranks=ranks, there=[*model.parameters(), *model.buffers(), *of_batch])
@@ -99,6 +99,8 @@ def run_on_fake_tensors(
                 if piece.last:
                     sums = model.losses(out, batch=batch, rows=rows)
                     out = sums.text + sums.image + sums.alignment
+            if not piece.last:
+                saved.note(out)  # megatron-core's schedules keep what they have sent until the gradient comes back
             out.backward(torch.ones_like(out))
         return Footprint(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -216,14 +218,15 @@ def fake_batch(microbatch: Microbatch, *, geometry: ImageGeometry, config: Confi
     )
 
 
-def fake_rows(microbatch: Microbatch, *, tensor_parallel_size: int) -> RowsToLearn:
+def fake_rows(microbatch: Microbatch, *, geometry: ImageGeometry, config: Config) -> RowsToLearn:
     """As many as a rank has of the microbatch; which, is all one."""
-    masked = -(-microbatch.masked // tensor_parallel_size)
-    visible = microbatch.images  # of an image to be painted few are visible; of one to be read nobody asks for an alignment
+    ranks = config.parallel.tensor_model_parallel_size
+    visible = microbatch.images * geometry.grid_height * geometry.grid_width - microbatch.masked
+    aligned = visible if config.model.alignment_loss_weight > 0 else 0
     return RowsToLearn(
         labelled=torch.zeros(microbatch.labels, dtype=torch.int64),
-        masked=torch.zeros(masked, dtype=torch.int64),
-        visible=torch.zeros(visible, dtype=torch.int64),
+        masked=torch.zeros(-(-microbatch.masked // ranks), dtype=torch.int64),
+        visible=torch.zeros(-(-aligned // ranks), dtype=torch.int64),
     )
 
 

@@ -97,11 +97,13 @@ class Footprints:
 
     def _run_layers(self, recompute: Recomputation, layers: int) -> tuple[int, int, Footprint, Footprint]:
         unit, before = 1, 0
+        if recompute.method == "block" and recompute.num_layers is not None and layers <= recompute.num_layers:
+            recompute = EACH_LAYER
         if recompute.granularity == "full":
             assert recompute.num_layers is not None
             if recompute.method == "uniform":
                 unit = recompute.num_layers
-            elif layers > recompute.num_layers:
+            else:
                 before = recompute.num_layers  # layers after so many are kept
         config = self._with(recompute)
         middle = partial(Piece, first=False, last=False)

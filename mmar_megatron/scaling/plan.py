@@ -223,7 +223,7 @@ def plan(config: Config, *, geometry: ImageGeometry, vocab_size: int, rows: RowM
     layout, train = config.parallel, config.train
     assert layout.pipeline_split == "even" or config.model.backbone.pipeline_model_parallel_layout is not None
     replica = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size
-    world_size = world_size or replica
+    world_size = replica if world_size is None else world_size
     validate_world(config, world_size=world_size)
     data_parallel_size = world_size // replica
 

@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any
 
 from mmar_megatron.config import Config
+from mmar_megatron.config_checks import fp8_misfit
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.scaling.flops import StepFlops
 from mmar_megatron.scaling.footprint import Microbatch
@@ -58,20 +59,22 @@ def search(
         say: where progress goes.
 
     Raises:
-        ValueError: no layout divides the model and the batch over so many GPUs.
+        ValueError: no layout divides the model and the batch over so many GPUs, or an option contradicts what is varied.
     """
+    if config.model.backbone.distribute_saved_activations:
+        raise ValueError("A search varies recomputation: leave out model.backbone.distribute_saved_activations.")
     forecasts = []
     for tensor in (size for size in (1, 2, 4, 8) if size <= gpu.per_node):
-        variants = [
+        found = [
             variant
             for recompute in (NO_LAYER, EACH_LAYER)
-            for variant in _variants(config, tensor=tensor, recompute=recompute, world_size=world_size)
+            for variant in variants(config, tensor=tensor, recompute=recompute, world_size=world_size)
         ]
-        if not variants:
+        if not found:
             continue
-        say(f"{len(variants)} layouts with tensor parallelism {tensor}")
-        footprints = Footprints(variants[0], microbatch=row, geometry=geometry, vocab_size=vocab_size)
-        for variant in variants:
+        say(f"{len(found)} layouts with tensor parallelism {tensor}")
+        footprints = Footprints(found[0], microbatch=row, geometry=geometry, vocab_size=vocab_size)
+        for variant in found:
             layout = Layout.of(variant, world_size=world_size, flops=flops)
             forecasts.append(forecast(layout, footprints=footprints, flops=flops, gpu=gpu))
     if not forecasts:
@@ -83,7 +86,8 @@ def search(
     return Found(layouts=len(forecasts), fitting=tuple(fitting), smallest=min(forecasts, key=lambda one: one.needed))
 
 
-def _variants(config: Config, *, tensor: int, recompute: Recomputation, world_size: int) -> Iterator[Config]:
+def variants(config: Config, *, tensor: int, recompute: Recomputation, world_size: int) -> Iterator[Config]:
+    """All that a tensor-parallel size allows with this recomputation."""
     backbone, batch = config.model.backbone, config.train.global_batch_size
     divided = (backbone.num_attention_heads, backbone.num_query_groups, config.model.make_vocab_size_divisible_by)
     if any(number % tensor for number in (world_size, config.data.sequence_length, *divided)):
@@ -95,9 +99,9 @@ def _variants(config: Config, *, tensor: int, recompute: Recomputation, world_si
         microbatches = batch // (replicas * sequences)
         if chunks is not None and (stages == 1 or microbatches % stages):
             continue
-        engines = [None] if stages > 1 or config.optimizer.ema_decay > 0 else [None, *ZERO_STAGES]
-        for zero_stage in engines:
-            yield _variant(
+        native_alone = stages > 1 or config.optimizer.ema_decay > 0 or backbone.transformer_impl != "local"
+        for zero_stage in [None] if native_alone else [None, *ZERO_STAGES]:
+            variant = _variant(
                 config,
                 tensor=tensor,
                 stages=stages,
@@ -106,6 +110,8 @@ def _variants(config: Config, *, tensor: int, recompute: Recomputation, world_si
                 zero_stage=zero_stage,
                 recompute=recompute,
             )
+            if config.precision.fp8 == "off" or fp8_misfit(variant) is None:
+                yield variant
 
 
 def _divisors(number: int) -> list[int]:
@@ -125,6 +131,7 @@ def _variant(
         pipeline_model_parallel_size=stages,
         virtual_pipeline_model_parallel_size=chunks,
         pipeline_split="auto" if stages > 1 else "even",
+        overlap_p2p_comm=config.parallel.overlap_p2p_comm or chunks is not None,
         overlap_grad_reduce=zero_stage is None,
         overlap_param_gather=zero_stage is None,
     )
@@ -149,6 +156,7 @@ def options_of(layout: Layout) -> list[str]:
         "parallel.pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "parallel.virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size or "null",
         "parallel.pipeline_split": parallel.pipeline_split,
+        "parallel.overlap_p2p_comm": str(parallel.overlap_p2p_comm).lower(),
         "parallel.overlap_grad_reduce": str(parallel.overlap_grad_reduce).lower(),
         "parallel.overlap_param_gather": str(parallel.overlap_param_gather).lower(),
         "train.micro_batch_size": train.micro_batch_size,

@@ -127,6 +127,8 @@ def _parts(model: MMARModel) -> Iterator[tuple[nn.Module, str]]:
         yield model.output_layer, "logits"
         yield model.post_projector, "head"
         yield model.diffusion_head, "head"
+        if model.settings.alignment_loss_weight > 0:
+            yield model.alignment_projector, "head"
 
 
 def _marked(module: nn.Module, part: str) -> list[RemovableHandle]:

@@ -42,7 +42,7 @@ def test_memory_is_what_is_counted(variant: str) -> None:
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(_let_go)
         batch = fake_batch(MICROBATCH, geometry=GEOMETRY, config=config).to(platform.device())
-        rows = fake_rows(MICROBATCH, tensor_parallel_size=1)
+        rows = fake_rows(MICROBATCH, geometry=GEOMETRY, config=config)
         rows = RowsToLearn(**{name: index.to(platform.device()) for name, index in vars(rows).items()})
         for _ in range(2):  # at first kernels allocate workspaces
             torch.cuda.reset_peak_memory_stats()

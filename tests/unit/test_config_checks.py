@@ -20,7 +20,19 @@ def one_parser() -> Iterator[None]:
 
 ZERO = "--engine=deepspeed"
 SP = [*TP2, "--parallel.sequence_parallel=true"]
+UNIFORM = [
+    *("--model.backbone.recompute_granularity", "full", "--model.backbone.recompute_method", "uniform"),
+    "--model.backbone.recompute_num_layers",
+]
 REFUSED: dict[str, tuple[list[str], str]] = {
+    "groups of recomputed layers that leave a rest": (
+        [*UNIFORM, "3"],
+        r"model\.backbone\.recompute_num_layers 3 must divide the layers of each piece",
+    ),
+    "groups of recomputed layers and layers dealt out one by one": (
+        [*UNIFORM, "2", *PP2, "--parallel.pipeline_split", "auto"],
+        r"of pipeline_split auto, only 1 does for certain",
+    ),
     "ZeRO and a pipeline": ([ZERO, *PP2], r"engine deepspeed has no pipeline: set parallel\.pipeline_model_parallel_size 1"),
     "ZeRO and megatron-core's overlap": (
         [ZERO, "--parallel.overlap_grad_reduce=true"],

@@ -85,7 +85,8 @@ def test_all_machines() -> None:
     ]
     (needed, *_) = said(*many, needs=replace(NEEDS, transformer_engine=True))
     assert (
-        needed.startswith("error: precision.fp8 needs Transformer Engine, which node 0 (h0), ") and "and 2 more lacks" in needed
+        needed.startswith("error: the model's layers are of Transformer Engine, which node 0 (h0), ")
+        and "and 2 more lacks" in needed
     )
 
 
@@ -95,7 +96,7 @@ def test_clocks_and_room() -> None:
     assert str(one).startswith("warning: the clock of node 2 (h2) is 30.0 s behind node 0 (h0)'s: ")
     assert of_room(800 * 10**9, needs=NEEDS) == []
     (one,) = of_room(799 * 10**9, needs=NEEDS)
-    assert one.severity == "warning" and "the 4 checkpoints that lie there at once take 800.0 GB" in one.text
+    assert one.severity == "warning" and "the 4 further checkpoints that are kept take 800.0 GB" in one.text
     (one,) = of_room(199 * 10**9, needs=NEEDS)
     assert one.severity == "error" and "a checkpoint takes 200.0 GB" in one.text
 

@@ -161,7 +161,7 @@ def test_the_cache_is_bounded_and_changes_nothing(shapes_dir: Path) -> None:
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"make one with `python tools/prepare_data.py shapes --out .*nowhere`"):
+    with pytest.raises(ValueError, match=r"to try things by `python tools/prepare_data.py shapes --out .*nowhere`"):
         Index.load(tmp_path / "nowhere")
 
 

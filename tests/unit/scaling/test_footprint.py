@@ -88,6 +88,28 @@ def test_peak_is_that_of_torchs_tracker(options: list[str], ends: tuple[bool, bo
     assert put_together(config, piece).peak == pytest.approx(expected, rel=0.1)
 
 
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_all_layers_of_a_short_piece_are_recomputed(layers: int) -> None:
+    config, piece = config_of(*BLOCK), Piece(layers, False, False)
+    expected, got = whole(config, piece), put_together(config, piece)
+    assert (got.saved, got.traffic) == (expected.saved, expected.traffic)
+    assert got.peak == pytest.approx(expected.peak, rel=0.05)
+
+
+def test_what_is_sent_on_is_kept() -> None:
+    """Each of so many recomputed layers keeps its input, and the piece its output, beside what all layers share."""
+    config = config_of(f"{BACKBONE}granularity=full", f"{BACKBONE}method=uniform", f"{BACKBONE}num_layers=1")
+    mask_and_angles = 2 * 512 * 512 * 2 + 512 * 2 * 32 * 4
+    assert whole(config, Piece(4, False, False)).saved == 5 * HIDDEN + mask_and_angles
+
+
+def test_visible_tokens_are_aligned() -> None:
+    teacher = ("--model.alignment_loss_weight", "0.1", "--model.alignment_features", "40")
+    plain, aligned = (whole(config_of(*options), Piece(1, False, True)) for options in ((), teacher))
+    visible = 8 * 64 - 400
+    assert aligned.saved - plain.saved > visible * 40 * 4
+
+
 def test_what_tensor_parallel_layers_send() -> None:
     layers, ring = 10, 3 / 4
     # Two all-reduces forward and two backward: behind the attention and behind the feed-forward layers.

@@ -14,9 +14,9 @@ from mmar_megatron.scaling.footprint import Microbatch
 from mmar_megatron.scaling.forecast import RESERVE, Forecast, forecast
 from mmar_megatron.scaling.gpus import GPUS
 from mmar_megatron.scaling.layout import Layout
-from mmar_megatron.scaling.pieces import Footprints
+from mmar_megatron.scaling.pieces import EACH_LAYER, Footprints
 from mmar_megatron.scaling.plan import plan
-from mmar_megatron.scaling.search import Found, options_of, search
+from mmar_megatron.scaling.search import Found, options_of, search, variants
 
 GEOMETRY = ImageGeometry(grid_height=4, grid_width=4, channels=12)
 VOCAB = 200
@@ -155,6 +155,34 @@ def test_its_options_lead_to_its_layouts() -> None:
         again = forecast_of(*options)
         assert again.layout.describe() == one.layout.describe()
         assert (again.needed, again.step) == (one.needed, one.step)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        ("--model.backbone.transformer_impl", "transformer_engine", "--precision.fp8", "tensorwise"),
+        (f"{PARALLEL}overlap_p2p_comm", "false"),
+        ("--engine", "deepspeed", "--deepspeed.zero_stage", "3", "--deepspeed.zero_options", '{"reduce_bucket_size": 1000}'),
+        ("--optimizer.ema_decay", "0.999", "--model.alignment_loss_weight", "0.1", "--model.alignment_features", "8"),
+    ],
+    ids=" ".join,
+)
+def test_nothing_is_found_that_would_be_refused(base: tuple[str, ...]) -> None:
+    config = config_of(*base)
+    offered = _offered(config)
+    assert len(offered) > 5
+    for layout in offered:
+        options = [word for option in options_of(layout) for word in option.split()]
+        config_of(*base, *options)  # raises where it is refused
+
+
+def _offered(config: Config) -> list[Layout]:
+    flops = flops_of(config)
+    return [
+        Layout.of(variant, world_size=16, flops=flops)
+        for tensor in (1, 2, 4)
+        for variant in variants(config, tensor=tensor, recompute=EACH_LAYER, world_size=16)
+    ][::5]
 
 
 def test_no_layout() -> None:

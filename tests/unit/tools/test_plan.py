@@ -73,9 +73,25 @@ def test_what_does_not_fit(small: list[str], capsys: pytest.CaptureFixture[str])
     assert "take more GPUs, or ones with more memory" in text
 
 
+@pytest.mark.parametrize("gpus", ["0", "-8", "many"])
+def test_numbers_of_gpus(gpus: str, small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--gpus", gpus, *small])
+    assert f"{gpus} is no number of GPUs: give 1 or more" in capsys.readouterr().err
+
+
 def test_mistakes(small: list[str], tmp_path: Path) -> None:
     for argv, message in (
         (["--gpus", "3", *small], "not divisible"),
+        (
+            [
+                "--gpus",
+                "2",
+                *small,
+                *("--model.backbone.num_layers_in_first_pipeline_stage", "1", "--parallel.pipeline_model_parallel_size", "2"),
+            ],
+            "say the same by parallel.pipeline_split",
+        ),
         (["--gpus", "4", *small, "--data.path", str(tmp_path / "none")], "no data set"),
         (["--gpus", "4", *small, "--engine", "deepspeed", "--deepspeed.offload_optimizer", "true"], "offloading is not forecast"),
     ):
