@@ -58,6 +58,7 @@ def main() -> None:
     with mock.patch("torch.distributed.all_reduce", adds_wrongly if second else torch.distributed.all_reduce):
         report("sum", good, size=size)
     report("elsewhere", elsewhere, size=size)
+    report("flex", config("--model.attention", "flex", "--model.backbone.kv_channels", "16"), size=size)
     report("no room", huge, size=huge_size)
     report("no plan", good, size=no_size)
     if second:

@@ -50,6 +50,8 @@ def test_two_nodes_with_one_fault_after_another(data: Path, tmp_path: Path) -> N
         elsewhere.startswith("error: on node 1 (")
         and f"{empty}/second does not show what the first node writes there" in elsewhere
     )
+    flex = errors(found["flex"])
+    assert len(flex) == 1 and flex[0].startswith("error: model.attention flex needs a GPU"), "said once, not by each rank"
     assert any("index.json is not there on node 1" in each for each in errors(found["no data"]))
     assert any("a checkpoint takes " in each and "choose another run_dir" in each for each in errors(found["no room"]))
     assert len(errors(found["no plan"])) == 1 and "nowhere" in errors(found["no plan"])[0]

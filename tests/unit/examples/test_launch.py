@@ -40,6 +40,12 @@ def test_one_node(programs: Path, tmp_path: Path) -> None:
     assert re.search(rf"--log-dir {tmp_path}/run-logs/node_0/\d+-\d+ ", train)
 
 
+def test_the_run_directory_may_be_in_a_configuration_file(programs: Path) -> None:
+    says = "sys.argv[-1] == '--print_config' and print('engine: native', 'run_dir: runs/of_file', sep=chr(10))"
+    _, train = started(run(programs, "--config", "my.yaml", script="examples/launch.sh", NPROC=2, PYTHON=says))
+    assert " --log-dir runs/of_file-logs/node_0/" in train
+
+
 def test_a_node_of_several(programs: Path) -> None:
     place: dict[str, Any] = {"NNODES": 4, "NODE_RANK": 2, "MASTER_ADDR": "first", "NPROC": 4, "CHECK": 0, "LOG_DIR": "here"}
     (train,) = started(run(programs, **place))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -138,6 +139,8 @@ def test_a_larger_microbatch_is_so_many_times_one() -> None:
 
 
 def test_nothing_is_left_behind() -> None:
+    hook = sys.excepthook
     whole(config_of(), Piece(1))
+    assert sys.excepthook is hook
     assert not torch.distributed.is_initialized()
     assert type(torch.empty(1)) is torch.Tensor
