@@ -188,7 +188,7 @@ def test_tiny_example(coarse_shapes_dir: Path, tmp_path: Path, monkeypatch: pyte
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(values))
     make_plan(tmp_path / "spec.yaml", out=tmp_path / "sweep", say=lambda _: None)
     runs = read_plan(tmp_path / "sweep").runs
-    assert [run.budget for run in runs] == [budget for budget in (5e12, 1e13, 2e13) for _ in range(4)]
+    assert [run.budget for run in runs] == [budget for budget in (2.5e12, 5e12, 1e13) for _ in range(4)]
 
 
 # --- the rules, on shapes whose step costs 6 N FLOPs for each of its 100 tokens -------------------------------------------------
