@@ -51,6 +51,10 @@ class Batch:
     sample_ids_BK: Tensor
     """int64: id of the sample that each document was made of, for reports; -1 where a row has no further document."""
 
+    causal: bool = False
+    """No row has an image, or more than one document: attention in causal order is the mixed attention. The host has to know it
+    before the device does, so it is said where the batch is made. What a position of padding then sees is no matter."""
+
     @property
     def num_labels(self) -> Tensor:
         """Number of text tokens in the loss, int64 scalar."""
@@ -81,17 +85,21 @@ class Batch:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Each tensor that another process receives from a loader's worker costs a handshake for its shared memory: there is one.
-        tensors = {f.name: tensor for f in fields(self) if (tensor := getattr(self, f.name)) is not None}
+        tensors = self._tensors()
         wide_first = sorted(tensors, key=lambda name: -tensors[name].itemsize)  # so that all are aligned
         together = torch.cat([tensors[name].contiguous().view(-1).view(torch.uint8) for name in wide_first])
-        return _separate, (together, [(name, tensors[name].dtype, tensors[name].shape) for name in wide_first])
+        return _separate, (together, [(name, tensors[name].dtype, tensors[name].shape) for name in wide_first], self.causal)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in self._tensors().items()}
+        return replace(self, **changed)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
 
 
-def _separate(together: Tensor, parts: list[tuple[str, torch.dtype, torch.Size]]) -> Batch:
+def _separate(together: Tensor, parts: list[tuple[str, torch.dtype, torch.Size]], causal: bool) -> Batch:
     sizes = [dtype.itemsize * shape.numel() for _, dtype, shape in parts]
     pieces = together.split(sizes)
-    return Batch(**{name: piece.view(dtype).view(shape) for (name, dtype, shape), piece in zip(parts, pieces, strict=True)})
+    tensors = {name: piece.view(dtype).view(shape) for (name, dtype, shape), piece in zip(parts, pieces, strict=True)}
+    return Batch(**tensors, causal=causal)

@@ -212,7 +212,8 @@ def assemble(
                 _fill_slot(arrays, slot, image)
                 slot += 1
             start += len(document.tokens_L)
-    return Batch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+    causal = slot == 0 and all(len(documents) <= 1 for documents in rows)
+    return Batch(**{name: torch.from_numpy(array) for name, array in arrays.items()}, causal=causal)
 
 
 def _fill_slot(arrays: Mapping[str, NDArray[Any]], slot: int, image: DocumentImage) -> None:

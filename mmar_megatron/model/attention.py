@@ -6,6 +6,7 @@ Suffixes: B sequences, S positions, H heads, G key-value groups, D width of a he
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from einops import rearrange
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from mmar_megatron.model.flex import flex_attend
@@ -51,19 +52,29 @@ def attention_bias(allowed_BSS: Tensor, *, dtype: torch.dtype) -> Tensor:
 
 
 class MixedAttention(MegatronModule):
-    """`core_attention` of a megatron-core layer spec: by torch's fused kernels, or FlexAttention where a block mask is given."""
+    """`core_attention` of a megatron-core layer spec: by torch's fused kernels, or FlexAttention where a block mask is given.
+
+    Without any mask it is in causal order, which needs none; then by Transformer Engine's kernels, where the spec brings them.
+    """
 
     cache: KeyValueCache | None = None
     """Keys and values before those of this pass; set for the time of it, since megatron-core hands nothing of the kind down."""
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, *, softmax_scale: float | None = None, **unused: Any
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        *,
+        softmax_scale: float | None = None,
+        causal: Callable[..., nn.Module] | None = None,
+        **options: Any,
     ) -> None:
         # megatron-core passes every core attention attn_mask_type, attention_type and process groups as well.
         super().__init__(config=config)
         self.layer_number = layer_number
         self.softmax_scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
         self.dropout = config.attention_dropout
+        self.causal = causal and causal(config, layer_number, softmax_scale=self.softmax_scale, **options)
 
     def forward(
         self,
@@ -75,27 +86,36 @@ class MixedAttention(MegatronModule):
         attention_bias: BlockMask | None = None,
         **unused: Any,
     ) -> Tensor:
-        """Attend, under one of the two masks.
+        """Attend, under one of the two masks, or in causal order where both are None.
 
         Args:
             query_SBHD: queries of this rank's heads.
             key_SBGD, value_SBGD: keys and values; each group serves H / G heads.
-            attention_mask: additive, [B, 1, S, S]; with a cache of T positions [B, 1, S, T + S].
+            attention_mask: additive, [B, 1, S, S]; with a cache of T positions [B, 1, S, T + S], and then never None.
             attention_bias: a block mask. megatron-core hands its bias down to all layers, also when it recomputes them, and looks
                 at neither mask nor bias itself.
 
         Returns:
             [S, B, H * D].
         """
+        in_causal_order = attention_mask is None and attention_bias is None
+        assert self.cache is None or not in_causal_order, (
+            "what is kept stands before the queries, which causal order does not say"
+        )
+        if in_causal_order and self.causal is not None:
+            return self.causal(query_SBHD, key_SBGD, value_SBGD)
         query, key, value = (rearrange(x, "s b h d -> b h s d") for x in (query_SBHD, key_SBGD, value_SBGD))
         if attention_bias is not None:
             output = flex_attend(query, key, value, block_mask=attention_bias, scale=self.softmax_scale)
             return rearrange(output, "b h s d -> s b (h d)")
         if self.cache is not None:
             key, value = self.cache.update(key, value, self.layer_number)
+        elif not takes_groups(query, masked=not in_causal_order):
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         attend = partial(
             F.scaled_dot_product_attention,
             attn_mask=attention_mask,
+            is_causal=in_causal_order,
             scale=self.softmax_scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
@@ -105,6 +125,15 @@ class MixedAttention(MegatronModule):
         else:
             output = attend(query, key, value)
         return rearrange(output, "b h s d -> s b (h d)")
+
+
+def takes_groups(query: Tensor, *, masked: bool) -> bool:
+    """Whether torch has a fused kernel for fewer keys than queries; otherwise it would hold all scores, and say nothing.
+
+    On a GPU that is flash attention, which knows no mask but the order, and 16 bits alone; memory-efficient attention, which
+    serves the rest, wants as many keys (`use_mem_efficient_attention` in ATen's sdp_utils.cpp).
+    """
+    return not query.is_cuda or (not masked and query.dtype != torch.float32)
 
 
 def rotary_angles(position_ids_BS: Tensor, *, head_dim: int, base: float, **scaling: Any) -> Tensor:

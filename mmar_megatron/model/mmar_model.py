@@ -193,7 +193,9 @@ class MMARModel(LanguageModule):
         return h_SBD if return_hidden else self.losses(h_SBD, batch=batch, rows=self.rows_to_learn(batch))
 
     def _mask(self, batch: Batch, cache: KeyValueCache | None) -> dict[str, Any]:
-        """The mask of all layers, as `MixedAttention` takes it."""
+        """The mask of all layers, as `MixedAttention` takes it: none where causal order says all."""
+        if batch.causal and cache is None:
+            return {"attention_mask": None}
         # Passes with a cache are short and of ever other lengths, for each of which a kernel would be compiled.
         if self.settings.attention == "flex" and cache is None:
             block_mask = mixed_block_mask(document_ids_BS=batch.document_ids_BS, span_ids_BS=batch.span_ids_BS)

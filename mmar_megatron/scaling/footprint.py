@@ -90,7 +90,7 @@ def run_on_fake_tensors(
         batch = fake_batch(microbatch, geometry=geometry, config=config)
         rows = fake_rows(microbatch, geometry=geometry, config=config)
         given = () if piece.first else (_hidden_states(config, microbatch).requires_grad_(),)
-        of_batch = [tensor for f in fields(batch) if (tensor := getattr(batch, f.name)) is not None]
+        of_batch = [tensor for f in fields(batch) if isinstance(tensor := getattr(batch, f.name), Tensor)]
         saved, watch = _Saved(model), _Watch(ranks=ranks, there=[*model.parameters(), *model.buffers(), *of_batch])
         with watch:
             with torch.autograd.graph.saved_tensors_hooks(saved.note, lambda tensor: tensor):

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -96,7 +97,8 @@ def one_document_a_row(batch: Batch) -> Batch:
                 row = torch.full((length,), fill.get(name, 0))
                 row[: end - begin] = getattr(batch, name)[b, begin:end]
                 rows.append(row)
-    return replace(batch, image_positions_MN=positions_MN, **{name: torch.stack(rows) for name, rows in columns.items()})
+    changed: dict[str, Any] = {name: torch.stack(rows) for name, rows in columns.items()}
+    return replace(batch, image_positions_MN=positions_MN, **changed)
 
 
 def train(engine: Engine, batches: Iterable, *, steps: int, microbatches: int, lr: float = 3e-3) -> list[StepResult]:

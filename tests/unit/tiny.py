@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmar_megatron.config import Config
 from mmar_megatron.data.batch import Batch
-from mmar_megatron.data.sequence import Document, DocumentBuilder, DocumentImage, assemble
+from mmar_megatron.data.sequence import Document, DocumentBuilder, DocumentImage, Text, assemble
 from mmar_megatron.data.tokenizer import Tokenizer
 from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.model.image_geometry import ImageGeometry
@@ -91,6 +91,14 @@ class Documents:
     def image_to_text(self, text: list[int], *, seed: int = 0) -> Document:
         """An image and the text that tells of it."""
         return self._builder.image_to_text(text, image=image(seed=seed), sample_id=seed)
+
+    def text(self, text: list[int], *, seed: int = 0) -> Document:
+        """A text that is learned."""
+        return self._builder.content([Text(text, learn=True, end=True)], sample_id=seed)
+
+    def text_batch(self) -> Batch:
+        """Two rows of text alone, of which the first leaves more room, and one of padding."""
+        return self.batch([[self.text([100, 101, 102])], [self.text(list(range(103, 120)))], []], sequence_length=24)
 
     def mixed_batch(self) -> Batch:
         """An image of which six tokens are to be painted, and one of which four text tokens tell."""

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mmar_megatron.benchmarks import rows
-from mmar_megatron.benchmarks.attention import IMPLEMENTATIONS, MODEL
+from mmar_megatron import platform
+from mmar_megatron.benchmarks import attention, rows
+from mmar_megatron.benchmarks.attention import CAUSAL, IMPLEMENTATIONS, MODEL, Implementation, compare_attention
 from mmar_megatron.benchmarks.synthetic import stirred_model, synthetic_batch
 from mmar_megatron.config import MaskRatioConfig
 from mmar_megatron.data.batch import Batch
 from mmar_megatron.model.mmar_model import MMARModel
 from mmar_megatron.parallel import ParallelGroups
+from tests.unit.model.stand_ins import use_stand_ins
 from tests.unit.model.unfused import use_unfused_flex
 from tests.unit.tiny import config_of
 
@@ -84,31 +87,78 @@ def test_stages_mask_what_they_say() -> None:
     assert share(rows.STAGES["uniform"]) == pytest.approx(0.5 + 1 / 128, abs=0.05)
 
 
-@pytest.mark.parametrize("name", [name for name in IMPLEMENTATIONS if name not in (MODEL, "causal")])
-@torch.no_grad()
-def test_all_attend_alike(name: str, model: MMARModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also what is compiled for GPUs alone: here it runs uncompiled, forward."""
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is for GPUs alone: here FlexAttention runs uncompiled, others stand in for Transformer Engine, and torch for cuDNN."""
     use_unfused_flex(monkeypatch)
+    use_stand_ins(monkeypatch)
+    monkeypatch.setattr(attention, "_by", lambda backend, attend, *tensors: attend(*tensors))
+
+
+@pytest.mark.parametrize("name", [name for name in IMPLEMENTATIONS if name not in (MODEL, *CAUSAL)])
+def test_all_attend_alike(name: str, model: MMARModel, elsewhere: None) -> None:
     batch = batch_of(documents=2, length=32)
     assert (batch.document_ids_BS < 0).any()
     _compare(name, model, batch=batch, real_BS=batch.document_ids_BS >= 0)
 
 
-@torch.no_grad()
-def test_causal_attention_is_that_of_text(model: MMARModel) -> None:
+@pytest.mark.parametrize("name", CAUSAL)
+def test_causal_attention_is_that_of_text(name: str, model: MMARModel, elsewhere: None) -> None:
     batch = batch_of()
-    _compare("causal", model, batch=batch, real_BS=batch.span_ids_BS < 0)
+    _compare(name, model, batch=batch, real_BS=batch.span_ids_BS < 0)
     with pytest.raises(AssertionError, match="Mismatched elements"):
-        _compare("causal", model, batch=batch, real_BS=batch.document_ids_BS >= 0)
+        _compare(name, model, batch=batch, real_BS=batch.document_ids_BS >= 0)
 
 
 def _compare(name: str, model: MMARModel, *, batch: Batch, real_BS: Tensor) -> None:
+    """Outputs at some positions, and the gradients of a loss on these."""
     config = model.settings.backbone
     generator = torch.Generator().manual_seed(0)
     shape = (batch.tokens_BS.shape[1], 2)
-    query_SBHD, key_SBGD, value_SBGD = (torch.randn(*shape, n, 8, generator=generator) for n in (4, 2, 2))
-    expected_SBD, found_SBD = (
-        IMPLEMENTATIONS[which].prepare(config, batch)(query_SBHD, key_SBGD, value_SBGD) for which in (MODEL, name)
-    )
-    assert expected_SBD.shape == (*shape, 32)
-    torch.testing.assert_close(found_SBD.transpose(0, 1)[real_BS], expected_SBD.transpose(0, 1)[real_BS])
+    inputs = [torch.randn(*shape, n, 8, generator=generator).requires_grad_() for n in (4, 2, 2)]
+    weight_SBD = torch.randn(*shape, 32, generator=generator) * real_BS.t()[:, :, None]
+    outputs = [IMPLEMENTATIONS[which].prepare(config, batch)(*inputs) for which in (MODEL, name)]
+    gradients = [torch.autograd.grad((output_SBD * weight_SBD).sum(), inputs) for output_SBD in outputs]
+    expected_SBD, found_SBD = (output_SBD.transpose(0, 1)[real_BS] for output_SBD in outputs)
+    assert outputs[1].shape == (*shape, 32)
+    torch.testing.assert_close(found_SBD, expected_SBD)
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.fixture
+def measured(groups: ParallelGroups, monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[str, Any]]:
+    monkeypatch.setattr(attention, "sized", lambda options: (config_of(), groups))
+    return partial(compare_attention, (), lengths=[16], positions=16, text=4, image_tokens=4, rounds=2)
+
+
+def test_what_cannot_run_here_is_left_out_with_the_reason(measured: Callable[[], dict[str, Any]]) -> None:
+    found = measured()
+    assert [row["implementation"] for row in found["rows"]] == ["dense", "causal", "unfused"]
+    assert sorted(found["skipped"]) == ["cudnn", "flex", "te causal", "te unfused"]
+    assert found["skipped"]["cudnn"] == "cuDNN computes on GPUs alone"
+
+
+def test_reasons_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacks(name: str, *options: str) -> str | None:
+        return IMPLEMENTATIONS[name].lacks(config_of(*options).model.backbone)
+
+    bf16 = ("--precision.dtype", "bf16")
+    monkeypatch.setattr(platform, "HAS_CUDA", True)
+    for name in IMPLEMENTATIONS:
+        assert (lacks(name, *bf16) or "").startswith("Transformer Engine cannot be imported" if "te " in name else "")
+    assert lacks("cudnn") == "cuDNN's attention takes 16 bits alone: set precision.dtype bf16"
+    use_stand_ins(monkeypatch)
+    assert [name for name in IMPLEMENTATIONS if lacks(name, *bf16)] == []
+    assert [name for name in IMPLEMENTATIONS if lacks(name)] == ["cudnn", "te causal"]
+
+
+def test_what_wants_too_much_memory_is_left_out_at_that_length(
+    measured: Callable[[], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "unfused", Implementation(prepare=lambda config, batch: refuse))
+    found = measured()
+    assert [row["implementation"] for row in found["rows"]] == ["dense", "causal"]
+    assert found["skipped"]["unfused at length 16"] == "it wants more memory than there is"

@@ -118,9 +118,34 @@ def test_a_batch_that_was_sent_to_another_process_is_the_same(tokenizer: Tokeniz
     for sent in (batch, replace(batch, teacher_MNF=torch.rand(len(batch.latents_MNC), N, 5))):
         received = pickle.loads(pickle.dumps(sent))
         assert vars(received).keys() == vars(sent).keys()
-        for name, tensor in vars(sent).items():
+        for name, value in vars(sent).items():
             found = getattr(received, name)
-            assert (found is None) if tensor is None else (torch.equal(found, tensor) and found.dtype == tensor.dtype)
+            assert (
+                (torch.equal(found, value) and found.dtype == value.dtype) if isinstance(value, torch.Tensor) else found is value
+            )
+
+
+def test_what_is_causal(tokenizer: Tokenizer) -> None:
+    """A text a row at most, and no image anywhere; known without a look at the tensors, wherever the batch goes."""
+    builder = build(tokenizer)
+    text = builder.content([Text(TEXT, learn=True, end=True)], sample_id=1)
+    told, painted = (
+        builder.image_to_text(TEXT, image=image(), sample_id=2),
+        builder.text_to_image(TEXT, image=image(), sample_id=3),
+    )
+    kinds: list[tuple[list[list[Document]], bool]] = [
+        ([[text], [text]], True),
+        ([[text], []], True),
+        ([[]], True),
+        ([[text, text], []], False),
+        ([[text], [told]], False),
+        ([[painted]], False),
+    ]
+    for rows, causal in kinds:
+        batch = batch_of(rows, tokenizer.pad_id)
+        assert batch.causal is causal
+        copies = (pickle.loads(pickle.dumps(batch)), batch.to(torch.device("cpu")), batch.without_losses())
+        assert [copy.causal for copy in copies] == [causal] * 3
 
 
 def test_two_documents_in_a_row(tokenizer: Tokenizer) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 from mmar_megatron.data.batch import Batch
 from mmar_megatron.data.tokenizer import Tokenizer
@@ -90,6 +91,30 @@ def test_blocks_are_those_of_the_dense_mask(kind: str) -> None:
     assert mask.full_kv_num_blocks is not None
     assert torch.equal(mask.full_kv_num_blocks[:, 0].long(), full_BQ)
     assert torch.equal(mask.kv_num_blocks[:, 0].long(), (seen_BQK > 0).sum(dim=-1) - full_BQ)
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_the_block_mask_is_the_one_that_torch_would_make(kind: str) -> None:
+    """Of all pairs of positions, of which this one makes none; also in what the kernels going backward read."""
+    ids = MIXED[kind]
+    document_ids, span_ids = ids.document_ids_BS, ids.span_ids_BS
+    sequences, length = document_ids.shape
+
+    def rule(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        same_span = (span_ids[b, query] == span_ids[b, key]) & (span_ids[b, query] >= 0)
+        return (document_ids[b, query] == document_ids[b, key]) & ((query >= key) | same_span)
+
+    found = mixed_block_mask(document_ids_BS=document_ids, span_ids_BS=span_ids)
+    expected = create_block_mask(rule, sequences, None, length, length, device="cpu", BLOCK_SIZE=BLOCK_SIZE)
+    assert (found.seq_lengths, found.BLOCK_SIZE) == (expected.seq_lengths, expected.BLOCK_SIZE)
+    kinds = ("kv_num_blocks", "kv_indices", "q_num_blocks", "q_indices")
+    for name in (*kinds, *(f"full_{name}" for name in kinds)):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+        assert getattr(found, name).dtype == torch.int32
+        assert getattr(found, name).is_contiguous()
+    for mask in (found, expected):
+        dense_B1SS = create_mask(mask.mask_mod, sequences, 1, length, length, device="cpu")
+        assert torch.equal(dense_B1SS[:, 0], allowed(ids))
 
 
 def test_packing_leaves_blocks_out() -> None:

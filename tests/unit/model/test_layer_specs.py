@@ -19,6 +19,7 @@ from tests.unit.tiny import Documents, build_tiny, config_of, engine_of
 
 FEATURES = ("--model.backbone.add_qkv_bias", "true", "--model.backbone.qk_layernorm", "true")
 TE = ("--model.backbone.transformer_impl", "transformer_engine")
+BF16 = ("--precision.dtype", "bf16")
 OTHERS = {"local": TE, "transformer_engine": ()}
 
 
@@ -32,11 +33,11 @@ def test_names_in_checkpoints(groups: ParallelGroups, monkeypatch: pytest.Monkey
     """Of weights alone: no extra state, which is pickled, and differs between the two."""
     use_stand_ins(monkeypatch)
     keys = []
-    for options in ((), TE):
+    for options in ((), TE, (*TE, *BF16)):  # in bf16 with Transformer Engine's attention
         state = build_tiny(groups, *FEATURES, *options).sharded_state_dict(prefix="")
         assert not [name for name, value in state.items() if isinstance(value, ShardedObject)]
         keys.append(sorted(value.key for value in state.values()))
-    assert keys[0] == keys[1]
+    assert keys[0] == keys[1] == keys[2]
     assert "decoder.layers.self_attention.linear_qkv.layer_norm_weight" in keys[0]
 
 
@@ -69,9 +70,12 @@ def test_each_continues_the_others_checkpoint(
         assert (found.loss, found.grad_norm) == pytest.approx((expected.loss, expected.grad_norm), rel=1e-6)
 
 
-def test_other_weights_must_be_there(groups: ParallelGroups, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [(), BF16])
+def test_other_weights_must_be_there(dtype: tuple[str, ...], groups: ParallelGroups, monkeypatch: pytest.MonkeyPatch) -> None:
     use_stand_ins(monkeypatch)
-    model = build_tiny(groups, *TE)
+    model = build_tiny(groups, *TE, *dtype)
+    kept = "decoder.layers.0.self_attention.core_attention.causal.attention._extra_state"
+    assert (kept in model.state_dict()) == bool(dtype)
     state = {name: value for name, value in model.state_dict().items() if not name.endswith("_extra_state")}
     model.load_state_dict(state)
     del state["decoder.final_layernorm.weight"]
