@@ -5,6 +5,7 @@
     python tools/benchmark.py head --model.head.depth 6
     python tools/benchmark.py logits --vocabulary 32000 --model.backbone.hidden_size 1024
     python tools/benchmark.py attention --lengths 320 2048 8192
+    python tools/benchmark.py causal --lengths 512 2048 --config examples/configs/tiny.yaml
     torchrun --nproc_per_node 8 tools/benchmark.py save --config my.yaml
     python tools/benchmark.py loader --config examples/configs/tiny.yaml --data.sequence_length 512
     python tools/benchmark.py index --samples 10000000 --config my.yaml
@@ -12,20 +13,20 @@
     python tools/benchmark.py sampler --images 4 --mar_rounds 32 --config my.yaml
     python tools/benchmark.py quality --model runs/mine --images 256 --out runs/quality --config my.yaml
 
-`step` trains two engines that differ in the options of the variant, one step of each in turn, on the same microbatches; without
-a variant, the engine and the same model in plain PyTorch. `head` and `logits` compute losses and gradients where there is a
-loss, as the model does, and everywhere, masking the rest; `attention` the mixed mask by all there is to compute it with. These
-three need no data: what their own options do not say, the model's do, by default a width of 1,024, 16 heads and MAR's smallest
-head. `save` writes checkpoints in the foreground and in the background in turn, and tells for how long training waits. `loader`
-reads the same tars in their order by webdataset and in random order by this program, makes whole microbatches of them, and
-trains on one, in turn. `index` opens the index of a data set that is not there, and plans. `export` makes a Hugging Face model
-of a checkpoint of random weights, and a checkpoint of that, and tells what memory this takes. `sampler` paints, and paints the
-plain way, which runs over prompt and image anew in each round. `quality` paints captions of held-out pictures in several
-numbers of steps of the head by several samplers, and tells how far from true pictures they are (by features of
-EfficientNet-Lite0, so that it is no FID); stopped, it goes on. All other options are those of pretrain_mmar.py; for `quality`
-they name the data.
-Prints one JSON object: medians over the rounds, and the quartiles of ratios; `head`, `logits`, `attention`, and `step` without a
-variant print a table on standard error too; `quality` writes tables and curves.
+`step` trains two engines that differ in the options of the variant, one step of each in turn, on the same microbatches; without a
+variant, the engine and the same model in plain PyTorch. `head` and `logits` compute losses and gradients where there is a loss,
+as the model does, and everywhere, masking the rest; `attention` the mixed mask by all there is to compute it with; `causal`
+trains on rows of one text each without a mask, as the model does, and with it. These four need no data: what their own options do
+not say, the model's do, by default a width of 1,024, 16 heads and MAR's smallest head. `save` writes checkpoints in the
+foreground and in the background in turn, and tells for how long training waits. `loader` reads the same tars in their order by
+webdataset and in random order by this program, makes whole microbatches of them, and trains on one, in turn. `index` opens the
+index of a data set that is not there, and plans. `export` makes a Hugging Face model of a checkpoint of random weights, and a
+checkpoint of that, and tells what memory this takes. `sampler` paints, and paints the plain way, which runs over prompt and image
+anew in each round. `quality` paints captions of held-out pictures in several numbers of steps of the head by several samplers,
+and tells how far from true pictures they are (by features of EfficientNet-Lite0, so that it is no FID); stopped, it goes on. All
+other options are those of pretrain_mmar.py; for `quality` they name the data.
+Prints one JSON object: medians over the rounds, and the quartiles of ratios; `head`, `logits`, `attention`, `causal`, and `step`
+without a variant print a table on standard error too; `quality` writes tables and curves.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ import torch
 
 from mmar_megatron import parallel, platform
 from mmar_megatron.benchmarks.attention import compare_attention
+from mmar_megatron.benchmarks.causal import compare_causal
 from mmar_megatron.benchmarks.exporting import measure_export
 from mmar_megatron.benchmarks.indexing import measure_index
 from mmar_megatron.benchmarks.loading import compare_loaders
@@ -99,6 +101,10 @@ def _attention(args: argparse.Namespace, options: list[str]) -> dict[str, Any]:
         rounds=args.rounds,
     )
     return show(found)
+
+
+def _causal(args: argparse.Namespace, options: list[str]) -> dict[str, Any]:
+    return show(compare_causal(options, lengths=args.lengths, positions=args.positions, rounds=args.rounds))
 
 
 def _sampler(args: argparse.Namespace, options: list[str]) -> dict[str, Any]:
@@ -181,11 +187,15 @@ def _add_parts(kinds: Any) -> None:
     positions = 32768 if platform.HAS_CUDA else 2560
     attention.add_argument("--positions", type=int, default=positions, help="of all sequences (default 2,560, on a GPU 32,768)")
     attention.set_defaults(run=_attention)
+    causal = kinds.add_parser("causal", help="a step on texts alone, without a mask and with it")
+    causal.add_argument("--lengths", type=int, nargs="+", default=[512, 2048], help="of sequences (default 512 2048)")
+    causal.add_argument("--positions", type=int, default=16384 if platform.HAS_CUDA else 2048, help="of all sequences")
+    causal.set_defaults(run=_causal)
     for kind in (logits, attention):
         kind.add_argument("--text_tokens", type=int, default=64, help="of a sequence, or a document (default 64)")
     for kind, tokens in ((head, 256 if platform.HAS_CUDA else 32), (logits, 256), (attention, 256)):
         kind.add_argument("--image_tokens", type=int, default=tokens, help=f"of an image (default {tokens})")
-    for kind in (head, logits, attention):
+    for kind in (head, logits, attention, causal):
         kind.add_argument("--rounds", type=int, default=10, help="of which medians are taken (default 10)")
 
 

@@ -1,7 +1,8 @@
 """One process of a group: trains a few steps in each of several layouts, paints and reads, and prints what came out.
 
 Arguments: data directory, directory for gradients, number of steps, JSON {name: [options]}. The gradients of each layout's first
-step are in DIRECTORY/NAME.pt. A layout whose name begins with "unpacked" has each document of a packed row in a row of its own.
+step are in DIRECTORY/NAME.pt. A layout whose name begins with "unpacked" has each document of a packed row in a row of its own;
+one that begins with "dense" has a mask for texts alone, too.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,18 +41,24 @@ def main() -> None:
     """Layout after layout in the same processes."""
     data, directory, steps, layouts = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
     for name, options in layouts.items():
+        noted: list[bool] = []
+
+        def noting(batch: Batch, noted: list[bool] = noted) -> Batch:
+            noted.append(batch.causal)
+            return batch
+
         line = command(*options, data=data)
         engine, loader, groups = build(line)
         stir(engine)
         batch = line.config.train
         microbatches = batch.global_batch_size // (batch.micro_batch_size * groups.data.size())
-        apart = name.startswith("unpacked")
-        batches: Iterator[Batch] = map(one_document_a_row, loader) if apart else iter(loader)
+        changes = {"unpacked": one_document_a_row, "dense": with_a_mask}
+        batches: Iterator[Batch] = map(changes.get(name.split()[0], noting), loader)
         with keeping_gradients(engine, groups=groups) as gradients:
             results = train(engine, batches, steps=1, microbatches=microbatches)
         results += train(engine, batches, steps=steps - 1, microbatches=microbatches)
         figures = [means(result) for result in results]
-        made: dict[str, Any] = {"rows": loader.state.row, "documents": loader.state.documents}
+        made: dict[str, Any] = {"rows": loader.state.row, "documents": loader.state.documents, "causal": noted}
         with engine.evaluating():
             figures.append(means(engine.evaluate(list(islice(batches, microbatches)))))
             painted = [paint(engine, CAPTIONS, source=loader.source, groups=groups, sampling=sampling) for sampling in SAMPLINGS]
@@ -65,6 +73,11 @@ def main() -> None:
             print(json.dumps({name: {"figures": figures, **made}}), flush=True)
         parallel.destroy()
     parallel.leave()
+
+
+def with_a_mask(batch: Batch) -> Batch:
+    """The same batch, whose attention is under the dense mask."""
+    return replace(batch, causal=False)
 
 
 if __name__ == "__main__":

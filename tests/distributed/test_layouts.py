@@ -43,6 +43,9 @@ BF16 = ["--precision.dtype", "bf16"]
 MIX = ["--config", "MIX"]
 """Pictures, texts and conversations with several pictures, packed; the file takes the place of the word."""
 
+SINGLE = [*MIX, "--data.packing", "false", "--train.micro_batch_size", "1"]
+"""Their documents one by one: microbatches of a text alone, which have no mask, between others."""
+
 ON_ONE = {
     "one": [],
     "larger microbatch": ["--train.micro_batch_size", "8"],
@@ -52,6 +55,8 @@ ON_ONE = {
     "bf16": BF16,
     "mix": MIX,
     "unpacked mix": MIX,
+    "dense single": SINGLE,
+    "single": SINGLE,
 }
 ON_TWO = {
     "TP2": TP2,
@@ -74,6 +79,8 @@ ON_TWO = {
     "TP2 SP mix": [*TP2, *SP, *MIX],
     "PP2 interleaved mix": [*INTERLEAVED, *MIX],
     "DP2 overlap mix": [*OVERLAP, *MIX],
+    "TP2 SP single": [*TP2, *SP, *SINGLE],
+    "PP2 interleaved single": [*INTERLEAVED, *SINGLE],
 }
 ON_FOUR = {
     "TP2 PP2": [*TP2, *PP2],
@@ -115,7 +122,8 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
 
 def reference_of(name: str) -> str:
     """Which run on one process a layout is held against."""
-    return next((reference for reference in ("features", "4 groups", "bf16", "mix") if name.endswith(reference)), "one")
+    references = {"features": "features", "4 groups": "4 groups", "bf16": "bf16", "mix": "mix", "single": "dense single"}
+    return next((reference for ending, reference in references.items() if name.endswith(ending)), "one")
 
 
 def gradients_of(name: str, folder: Path) -> Gradients:
@@ -128,7 +136,7 @@ def differences(got: Gradients, expected: Gradients) -> dict[str, float]:
     return {name: float((got[name] - expected[name]).norm() / expected[name].norm()) for name in expected}
 
 
-LAYOUTS = ["larger microbatch", "recompute", "unpacked mix", *ON_TWO, *ON_FOUR]
+LAYOUTS = ["larger microbatch", "recompute", "unpacked mix", "single", *ON_TWO, *ON_FOUR]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -176,6 +184,14 @@ def test_comparisons_are_not_empty(runs: dict[str, dict[str, Any]]) -> None:
 def test_the_mix_is_packed(runs: dict[str, dict[str, Any]]) -> None:
     for name in ("mix", "unpacked mix", "DP2 overlap mix"):
         assert runs[name]["documents"] > 1.5 * 8 * STEPS
+
+
+def test_texts_alone_are_causal(runs: dict[str, dict[str, Any]]) -> None:
+    """In the first step, whose gradients are compared, and of its microbatches not all."""
+    for name in ("single", "TP2 SP single", "PP2 interleaved single"):
+        causal = runs[name]["causal"]
+        assert len(causal) == 8 * (STEPS + 1)
+        assert 0 < sum(causal[:8]) < 8
 
 
 @pytest.mark.parametrize("name", ["one", "features", "4 groups", "bf16", "mix"])
