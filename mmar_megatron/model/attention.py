@@ -60,6 +60,9 @@ class MixedAttention(MegatronModule):
     cache: KeyValueCache | None = None
     """Keys and values before those of this pass; set for the time of it, since megatron-core hands nothing of the kind down."""
 
+    as_on_gpus = False
+    """Repeat keys and values where a GPU would want it, also where there is none: for who counts a GPU's memory."""
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -110,7 +113,7 @@ class MixedAttention(MegatronModule):
             return rearrange(output, "b h s d -> s b (h d)")
         if self.cache is not None:
             key, value = self.cache.update(key, value, self.layer_number)
-        elif not takes_groups(query, masked=not in_causal_order):
+        elif not self._takes_groups(query, masked=not in_causal_order):
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         attend = partial(
             F.scaled_dot_product_attention,
@@ -126,14 +129,14 @@ class MixedAttention(MegatronModule):
             output = attend(query, key, value)
         return rearrange(output, "b h s d -> s b (h d)")
 
+    def _takes_groups(self, query: Tensor, *, masked: bool) -> bool:
+        """Whether torch has a fused kernel for fewer keys than queries; otherwise it would hold all scores, and say nothing.
 
-def takes_groups(query: Tensor, *, masked: bool) -> bool:
-    """Whether torch has a fused kernel for fewer keys than queries; otherwise it would hold all scores, and say nothing.
-
-    On a GPU that is flash attention, which knows no mask but the order, and 16 bits alone; memory-efficient attention, which
-    serves the rest, wants as many keys (`use_mem_efficient_attention` in ATen's sdp_utils.cpp).
-    """
-    return not query.is_cuda or (not masked and query.dtype != torch.float32)
+        On a GPU that is flash attention, which knows no mask but the order, and 16 bits alone; memory-efficient attention, which
+        serves the rest, wants as many keys (`use_mem_efficient_attention` in ATen's sdp_utils.cpp).
+        """
+        on_gpu = query.is_cuda or self.as_on_gpus
+        return not on_gpu or (not masked and query.dtype != torch.float32)
 
 
 def rotary_angles(position_ids_BS: Tensor, *, head_dim: int, base: float, **scaling: Any) -> Tensor:

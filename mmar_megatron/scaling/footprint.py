@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from mmar_megatron import parallel
 from mmar_megatron.config import Config, TransformerConfig
 from mmar_megatron.data.batch import Batch
+from mmar_megatron.model.attention import MixedAttention
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.model.layer_specs import RMSNorm
 from mmar_megatron.model.mmar_model import MMARModel, RowsToLearn, build_model
@@ -169,6 +170,8 @@ def _make_fake(model: nn.Module) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        if isinstance(module, MixedAttention):
+            module.as_on_gpus = True
         if isinstance(module, RMSNorm):
             module.forward = MethodType(_norm_as_on_gpus, module)  # type: ignore[method-assign]
 

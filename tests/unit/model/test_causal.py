@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmar_megatron.data.batch import IGNORE, Batch
@@ -115,24 +116,36 @@ def test_dropout_is_drawn_from_the_ranks_own_numbers(groups: ParallelGroups, doc
     assert loss(model.eval()) == loss(model_with(groups))
 
 
-@pytest.mark.parametrize("groups_of_keys", [1, 2])
 @pytest.mark.parametrize("masked", [True, False])
-def test_keys_may_be_repeated(masked: bool, groups_of_keys: int, groups: ParallelGroups, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on GPUs, whose fused kernels want as many keys as queries."""
+@pytest.mark.parametrize("groups_of_keys", [1, 2])
+def test_keys_are_repeated_as_on_gpus(
+    groups_of_keys: int, masked: bool, groups: ParallelGroups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose fused kernels want as many keys as queries, but for flash attention, without a mask in 16 bits."""
+    seen: list[tuple[int, bool]] = []
+    kernel = F.scaled_dot_product_attention
+
+    def noting(query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool, **options: Any) -> Tensor:
+        seen.append((key.shape[1], enable_gqa))
+        return kernel(query, key, value, enable_gqa=enable_gqa, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noting)
     config = config_of(*WIDE, "--model.backbone.num_query_groups", str(groups_of_keys)).model.backbone
     ids_BS = torch.zeros((2, 10), dtype=torch.int64)
     allowed_BSS = mixed_attention_allowed(document_ids_BS=ids_BS, span_ids_BS=ids_BS - 1)
-    mask = attention_bias(allowed_BSS, dtype=torch.float32) if masked else None
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(10, 2, n, 16, generator=generator).requires_grad_() for n in (4, groups_of_keys, groups_of_keys)]
 
-    def outcome() -> list[Tensor]:
-        output = MixedAttention(config, layer_number=1)(*inputs, mask)
+    def outcome(*, as_on_gpus: bool, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        attend = MixedAttention(config, layer_number=1)
+        attend.as_on_gpus = as_on_gpus
+        output = attend(*(x.to(dtype) for x in inputs), attention_bias(allowed_BSS, dtype=dtype) if masked else None)
         return [output, *torch.autograd.grad((output * torch.arange(64.0)).sum(), inputs)]
 
-    expected = outcome()
-    monkeypatch.setattr(attention, "takes_groups", lambda query, *, masked: False)
-    torch.testing.assert_close(outcome(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outcome(as_on_gpus=True), outcome(as_on_gpus=False), rtol=1e-5, atol=1e-5)
+    outcome(as_on_gpus=True, dtype=torch.bfloat16)
+    repeated, grouped = (4, False), (groups_of_keys, True)
+    assert seen == [repeated, grouped, repeated if masked else grouped]
 
 
 def test_padding_is_learned_by_nothing(documents: Documents) -> None:
