@@ -212,7 +212,7 @@ def assemble(
                 _fill_slot(arrays, slot, image)
                 slot += 1
             start += len(document.tokens_L)
-    return Batch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+    return Batch.of(**{name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
 def _fill_slot(arrays: Mapping[str, NDArray[Any]], slot: int, image: DocumentImage) -> None:

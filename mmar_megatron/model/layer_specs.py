@@ -84,6 +84,13 @@ def _modules(implementation: str) -> _Modules:
     )
 
 
+def transformer_engine() -> Any:
+    """Its own package, `transformer_engine.pytorch`, where it is installed."""
+    import transformer_engine.pytorch as engine  # type: ignore[import-not-found]  # here, since it takes seconds
+
+    return engine
+
+
 def layer_spec(config: TransformerConfig) -> ModuleSpec:
     """A decoder layer with mixed attention, of the modules that `transformer_impl` names.
 
