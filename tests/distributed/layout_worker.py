@@ -7,6 +7,7 @@ step are in DIRECTORY/NAME.pt. A layout whose name begins with "unpacked" has ea
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from itertools import islice
@@ -38,6 +39,7 @@ SAMPLINGS = (
 def main() -> None:
     """Layout after layout in the same processes."""
     data, directory, steps, layouts = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
+    threads: list[int] = []
     for name, options in layouts.items():
         line = command(*options, data=data)
         engine, loader, groups = build(line)
@@ -64,7 +66,9 @@ def main() -> None:
             made["parameters"] = sum(p.numel() for chunk in engine.chunks for p in chunk.parameters())
             print(json.dumps({name: {"figures": figures, **made}}), flush=True)
         parallel.destroy()
+        threads.append(len(os.listdir("/proc/self/task")))
     parallel.leave()
+    assert max(threads) < 1.5 * threads[0], f"groups of layouts that are gone keep threads: {threads}"
 
 
 if __name__ == "__main__":
