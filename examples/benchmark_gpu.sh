@@ -14,8 +14,11 @@ measure head
 measure head --model.head.depth 12 --model.head.width 1536 --images 16
 measure logits
 measure logits --vocabulary 128000 --model.backbone.hidden_size 4096 --sequences 8
-measure attention
-measure attention --model.backbone.num_query_groups 4
+# Lengths of 320 to 8,192, heads of 64 channels and of 128, as many keys as queries and a quarter of them.
+for width in 1024 2048; do
+    measure attention --model.backbone.hidden_size $width
+    measure attention --model.backbone.hidden_size $width --model.backbone.num_query_groups 4
+done
 # 0.4 billion parameters on pictures of 256 tokens, which are made at first.
 backbone="--model.backbone.num_layers 24 --model.backbone.hidden_size 1024 --model.backbone.num_attention_heads 16
     --model.backbone.num_query_groups 4 --model.backbone.ffn_hidden_size 2816"
@@ -24,6 +27,12 @@ for dtype in fp32 bf16; do
     # shellcheck disable=SC2086
     measure step --config examples/configs/tiny.yaml $backbone $data --model.head.width 1024 --precision.dtype $dtype \
         --train.micro_batch_size 16 --train.global_batch_size 16
+done
+
+# Texts alone, whose attention is in causal order, by torch's kernel and by Transformer Engine's.
+for layers in local transformer_engine; do
+    # shellcheck disable=SC2086
+    measure causal $backbone --precision.dtype bf16 --model.backbone.transformer_impl $layers
 done
 
 # The backbone of 1.3 billion parameters on packed rows of 4,096: time by implementation, and the share of the peak.

@@ -50,6 +50,11 @@ class HeadConfig:
     width: int = 1024
     timestep_multiplier: int = 4
     """Noise levels drawn for each masked token in one pass."""
+    row_multiple: int = 1
+    """The masked tokens of a rank are filled up to a multiple of this in training, so that few numbers of them occur."""
+    compile: Literal["off", "kernels", "graphs"] = "off"
+    """In training on a GPU. `kernels`: torch.compile fuses what lies between the matrix products; `graphs`: and all are launched
+    at once, by a CUDA graph for each number of rows."""
 
 
 @dataclass(kw_only=True)

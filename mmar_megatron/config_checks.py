@@ -17,6 +17,7 @@ AT_LEAST_ONE = (
     *("model.backbone.num_layers", "model.backbone.hidden_size", "model.backbone.num_attention_heads"),
     *("model.make_vocab_size_divisible_by", "model.embedding_vit.num_layers", "model.embedding_vit.hidden_size"),
     *("model.embedding_vit.num_attention_heads", "model.head.depth", "model.head.width", "model.head.timestep_multiplier"),
+    "model.head.row_multiple",
     *("model.diffusion.num_timesteps", "data.codec.image_size", "data.sequence_length"),
     *("parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size", "parallel.context_parallel_size"),
     *("train.steps", "train.micro_batch_size", "train.global_batch_size", "train.log_every"),
@@ -45,6 +46,7 @@ NOT_OURS = {
     "window_size": (None, "attention reaches over the whole sequence"),
     "num_moe_experts": (None, "the backbone is dense"),
     "multi_latent_attention": (False, "attention is grouped-query attention"),
+    "cross_entropy_fusion_impl": ("native", "the fused cross-entropy is megatron-core's own"),
     "fp8_dot_product_attention": (False, "FP8 is for matrix products with weights"),
     "fp8_multi_head_attention": (False, "FP8 is for matrix products with weights"),
 }
@@ -173,6 +175,11 @@ def _check_model(cfg: Namespace) -> None:
     )
     if model.attention == "flex":
         _check_flex(backbone, width=width)
+    _require(
+        model.head.compile != "graphs" or model.head.row_multiple > 1,
+        "model.head.compile graphs wants few numbers of rows: give model.head.row_multiple, such as an eighth of a microbatch's "
+        "image tokens.",
+    )
     _divides(cfg, "model.embedding_vit.hidden_size", "model.embedding_vit.num_attention_heads")
     _require(
         model.alignment_loss_weight == 0 or model.alignment_features > 0,
@@ -209,6 +216,15 @@ def _check_precision(cfg: Namespace) -> None:
     _require(
         backbone.transformer_impl in ("local", "transformer_engine"),
         f"model.backbone.transformer_impl {backbone.transformer_impl} is for serving: set local or transformer_engine.",
+    )
+    _require(
+        not backbone.cross_entropy_loss_fusion or cfg.precision.dtype == "bf16",
+        "model.backbone.cross_entropy_loss_fusion rounds gradients to bf16: leave it out, or set precision.dtype bf16.",
+    )
+    _require(
+        not backbone.tp_comm_overlap or (backbone.transformer_impl == "transformer_engine" and cfg.parallel.sequence_parallel),
+        "model.backbone.tp_comm_overlap is of Transformer Engine's layers under sequence parallelism: set "
+        "model.backbone.transformer_impl transformer_engine and parallel.sequence_parallel true, or leave it out.",
     )
     for option in ("fp8_param", "fp4"):
         _require(not backbone[option], f"model.backbone.{option} is not for these weights, which stay in bf16: leave it out.")
@@ -450,6 +466,10 @@ def validate_machine(config: Config, *, compute_capability: tuple[int, int] | No
         _require(
             model.attention == "dense",
             f"model.attention {model.attention} needs a GPU, for torch has no backward pass of it on a CPU: set it to dense.",
+        )
+        _require(
+            model.head.compile == "off",
+            f"model.head.compile {model.head.compile} needs a GPU: set it to off.",
         )
         _require(fp8 == "off", f"precision.fp8 {fp8} needs a GPU: set it to off.")
         _require(

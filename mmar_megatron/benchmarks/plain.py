@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -219,8 +218,8 @@ class PlainTrainer:
     def backward(self, microbatches: Sequence[Batch]) -> Tensor:
         """The step's loss, whose gradients are there afterwards."""
         batches = [batch.to(platform.device()) for batch in microbatches]
-        labels = cast("Tensor", sum(batch.num_labels for batch in batches)).clamp(min=1)
-        masked = cast("Tensor", sum(batch.num_masked for batch in batches)).clamp(min=1)
+        labels = max(1, sum(batch.num_labels for batch in batches))
+        masked = max(1, sum(batch.num_masked for batch in batches))
         self._optimizer.zero_grad()
         losses = []
         for batch in batches:

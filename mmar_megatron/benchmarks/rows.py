@@ -7,8 +7,9 @@ levels for each token.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,12 +19,18 @@ from mmar_megatron.benchmarks.synthetic import sized, stirred_model, synthetic_b
 from mmar_megatron.benchmarks.timing import in_turn, median, ratio
 from mmar_megatron.config import MaskRatioConfig
 from mmar_megatron.data.batch import IGNORE, Batch
-from mmar_megatron.model.mmar_model import MMARModel
+from mmar_megatron.model.mmar_model import MMARModel, filled_up
 
 STAGES = {"stage 1": MaskRatioConfig(), "uniform": MaskRatioConfig(distribution="uniform", minimum=0.0)}
 """How much of an image is masked: `MaskRatioConfig` says what stage 1 draws; stage 2 may draw anything."""
 _NOT_RUN = ("--model.backbone.num_layers", "1")
 """The backbone is there, but its hidden states are given."""
+_COMPILED: Mapping[str, Literal["kernels", "graphs"]] = {
+    "masked, compiled": "kernels",
+    "filled up, compiled": "kernels",
+    "filled up, graphs": "graphs",
+}
+"""Heads that run on the masked tokens, or on a number of rows that is filled up, by their `model.head.compile`."""
 
 
 def compare_head(
@@ -37,18 +44,24 @@ def compare_head(
 ) -> dict[str, Any]:
     """Seconds of the head's loss and backward pass (with PostProjector) on masked tokens, and on all with the loss masked.
 
+    Compiled heads run on masked tokens: on any number of them, and on numbers filled up to eighths of all.
+
     Args:
         options: of pretrain_mmar.py; `model.head` has the sizes.
         images, image_tokens, channels: M, N and C.
         rounds: of which medians are taken.
-        compiled: also a compiled head, on masked tokens.
+        compiled: also compiled heads.
     """
     config, groups = sized([*options, *_NOT_RUN])
-    model = stirred_model(config, groups=groups, channels=channels)
-    models = {"masked": model}
-    if compiled:
-        models["masked, compiled"] = stirred_model(config, groups=groups, channels=channels)
-        models["masked, compiled"].diffusion_head.compile(dynamic=True)  # each step has another number of masked tokens
+    heads = {"masked": config.model.head}
+    for name, how in _COMPILED.items() if compiled else ():
+        multiple = -(-images * image_tokens // 8) if name.startswith("filled up") else 1
+        heads[name] = replace(config.model.head, compile=how, row_multiple=multiple)
+    models = {
+        name: stirred_model(replace(config, model=replace(config.model, head=head)), groups=groups, channels=channels)
+        for name, head in heads.items()
+    }
+    model = models["masked"]
     rows = []
     for stage, mask_ratio in STAGES.items():
         batch = synthetic_batch(
@@ -62,9 +75,9 @@ def compare_head(
         )
         h_TD = _hidden_states(model, positions=images * image_tokens)
         masked = {name: partial(_head_on_masked, m, h_TD, batch=batch) for name, m in models.items()}
-        share = float(batch.num_masked) / len(h_TD)
+        share = batch.num_masked / len(h_TD)
         rows += _compared(partial(_head_everywhere, model, h_TD, batch=batch), masked, rounds=rounds, share=share, case=stage)
-    skipped = {} if compiled else {"masked, compiled": "torch.compile is measured on GPUs alone"}
+    skipped = {} if compiled else {"compiled": "torch.compile is measured on GPUs alone"}
     head = config.model.head
     sizes = {"depth": head.depth, "width": head.width, "timestep_multiplier": head.timestep_multiplier}
     return {**sizes, "tokens": images * image_tokens, "dtype": config.precision.dtype, "rows": rows, "skipped": skipped}
@@ -93,11 +106,11 @@ def compare_logits(
         partial(_logits_everywhere, model, h_TD, labels_T=labels_T),
         {"labelled": partial(_logits_at_labels, model, h_TD, labels_T=labels_T)},
         rounds=rounds,
-        share=float(batch.num_labels) / len(labels_T),
+        share=batch.num_labels / len(labels_T),
         case="logits",
     )
     sizes = {"hidden_size": config.model.backbone.hidden_size, "vocabulary": vocabulary, "positions": len(labels_T)}
-    return {**sizes, "labels": int(batch.num_labels), "dtype": config.precision.dtype, "rows": rows}
+    return {**sizes, "labels": batch.num_labels, "dtype": config.precision.dtype, "rows": rows}
 
 
 def _hidden_states(model: MMARModel, *, positions: int) -> Tensor:
@@ -107,9 +120,9 @@ def _hidden_states(model: MMARModel, *, positions: int) -> Tensor:
 
 
 def _head_on_masked(model: MMARModel, h_TD: Tensor, *, batch: Batch) -> Tensor:
-    masked_K = batch.masked_MN.flatten().nonzero().squeeze(1)
+    masked_K, learned_K = filled_up(batch.masked_P, multiple=model.settings.head.row_multiple)
     error_KR, _ = model.image_errors(h_TD[masked_K], batch=batch, tokens_K=masked_K)
-    return _learned(error_KR.mean(dim=1).sum() / batch.num_masked, model=model, h_TD=h_TD)
+    return _learned((error_KR.mean(dim=1) * learned_K).sum() / batch.num_masked, model=model, h_TD=h_TD)
 
 
 def _head_everywhere(model: MMARModel, h_TD: Tensor, *, batch: Batch) -> Tensor:

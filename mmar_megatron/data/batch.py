@@ -2,11 +2,12 @@
 
 Axes: B sequences, S positions, K documents of the row that has most, M image slots (one at least, which may be empty), N tokens
 of an image, C channels of a token, R noise levels for each token (the timestep multiplier), F features of the alignment teacher.
+Rows that are learned: L labelled positions, P masked tokens to be predicted, V visible tokens with features of the teacher.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -51,29 +52,57 @@ class Batch:
     sample_ids_BK: Tensor
     """int64: id of the sample that each document was made of, for reports; -1 where a row has no further document."""
 
+    labelled_L: Tensor
+    """int64: the positions that have a label, as s * B + b, in this order."""
+    masked_P: Tensor
+    """int64: the masked tokens, as m * N + n."""
+    aligned_V: Tensor
+    """int64: the visible tokens that have features of the teacher, as m * N + n.
+
+    These three say again what labels and masks say, in the form that the losses need. They are found where the batch is made: the
+    host would wait for a GPU that is asked how many there are."""
+
     causal: bool = False
     """No row has an image, or more than one document: attention in causal order is the mixed attention. The host has to know it
     before the device does, so it is said where the batch is made. What a position of padding then sees is no matter."""
 
-    @property
-    def num_labels(self) -> Tensor:
-        """Number of text tokens in the loss, int64 scalar."""
-        return (self.labels_BS != IGNORE).sum()
+    @classmethod
+    def of(cls, *, causal: bool = False, **tensors: Tensor) -> Batch:
+        """The batch that has these; what is learned of it is found here, and must not be known to the device alone."""
+        return cls(**tensors, **_learned(tensors), causal=causal)
+
+    def changed(self, **tensors: Tensor) -> Batch:
+        """The same batch with other labels or masks."""
+        changed: dict[str, Any] = tensors | _learned(self._tensors() | tensors)
+        return replace(self, **changed)
 
     @property
-    def num_masked(self) -> Tensor:
-        """Number of image tokens in the loss, int64 scalar."""
-        return self.masked_MN.sum()
+    def num_labels(self) -> int:
+        """Number of text tokens in the loss."""
+        return len(self.labelled_L)
 
     @property
-    def num_aligned(self) -> Tensor:
-        """Number of image tokens in the alignment loss, int64 scalar."""
-        return self.visible_MN.sum() if self.teacher_MNF is not None else torch.zeros_like(self.num_masked)
+    def num_masked(self) -> int:
+        """Number of image tokens in the loss."""
+        return len(self.masked_P)
+
+    @property
+    def num_aligned(self) -> int:
+        """Number of image tokens in the alignment loss."""
+        return len(self.aligned_V)
 
     def without_losses(self) -> Batch:
         """The same batch with nothing to learn: filler where a number of microbatches is wanted."""
-        nothing_MN = torch.zeros_like(self.masked_MN)
-        return replace(self, labels_BS=torch.full_like(self.labels_BS, IGNORE), visible_MN=nothing_MN, masked_MN=nothing_MN)
+        nothing_MN, no_rows = torch.zeros_like(self.masked_MN), self.labelled_L[:0]
+        return replace(
+            self,
+            labels_BS=torch.full_like(self.labels_BS, IGNORE),
+            visible_MN=nothing_MN,
+            masked_MN=nothing_MN,
+            labelled_L=no_rows,
+            masked_P=no_rows,
+            aligned_V=no_rows,
+        )
 
     def to(self, device: torch.device, *, non_blocking: bool = True) -> Batch:
         """The same batch on another device."""
@@ -96,6 +125,16 @@ class Batch:
 
     def _tensors(self) -> dict[str, Tensor]:
         return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+
+
+def _learned(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    labels_BS, masked_MN, visible_MN = tensors["labels_BS"], tensors["masked_MN"], tensors["visible_MN"]
+    assert labels_BS is not None
+    assert masked_MN is not None
+    assert visible_MN is not None
+    aligned_MN = visible_MN if tensors.get("teacher_MNF") is not None else torch.zeros_like(visible_MN)
+    chosen = {"labelled_L": (labels_BS != IGNORE).t(), "masked_P": masked_MN, "aligned_V": aligned_MN}
+    return {name: where.flatten().nonzero().squeeze(1) for name, where in chosen.items()}
 
 
 def _separate(together: Tensor, parts: list[tuple[str, torch.dtype, torch.Size]], causal: bool) -> Batch:

@@ -213,7 +213,7 @@ def assemble(
                 slot += 1
             start += len(document.tokens_L)
     causal = slot == 0 and all(len(documents) <= 1 for documents in rows)
-    return Batch(**{name: torch.from_numpy(array) for name, array in arrays.items()}, causal=causal)
+    return Batch.of(**{name: torch.from_numpy(array) for name, array in arrays.items()}, causal=causal)
 
 
 def _fill_slot(arrays: Mapping[str, NDArray[Any]], slot: int, image: DocumentImage) -> None:

@@ -29,8 +29,11 @@ class Counts:
     @classmethod
     def of(cls, batches: Sequence[Batch]) -> Counts:
         """Of these microbatches alone."""
-        counts = [torch.stack((b.num_labels, b.num_masked, b.num_aligned)) for b in batches]
-        return cls.from_tensor(torch.stack(counts).sum(dim=0).float())
+        counts = [(batch.num_labels, batch.num_masked, batch.num_aligned) for batch in batches]
+        device = batches[0].tokens_BS.device
+        # Filled there: a number that is copied to a GPU would hold up the host.
+        text, image, alignment = (torch.full((), float(sum(of_one)), device=device) for of_one in zip(*counts, strict=True))
+        return cls(text=text, image=image, alignment=alignment)
 
     @classmethod
     def from_tensor(cls, stacked: Tensor) -> Counts:

@@ -82,6 +82,7 @@ class DeepSpeedEngine:
             lr=optimizer.lr,
             betas=optimizer.betas,
             eps=optimizer.eps,
+            fused=True,
         )
         library = _deepspeed()
         if self.stage == 3 and config.model.tie_embeddings:
@@ -339,7 +340,7 @@ class DeepSpeedEngine:
         """As before the first step. torch would make the state in that, too late for a checkpoint before it."""
         for part in self._flat:
             state = self.optimizer.state[part]
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=part.device)
             for name in _MOMENTS:
                 state[name] = torch.zeros_like(part)
         if self.stage in (1, 2):

@@ -104,7 +104,8 @@ def _mend_bucket_offsets(part: DistributedOptimizer) -> None:
 
 def _mend_torch_adamw(part: DistributedOptimizer) -> None:
     """Where torch's AdamW stands in for Transformer Engine's or apex's (which count steps in the parameter group, where torch
-    counts in each parameter's state):
+    counts in each parameter's state), megatron-core does not ask for its fused kernel, which reads and writes each value once.
+    And
 
     - saving or loading before the first step asserts, for there is no state yet: so it is made here;
     - loading the `fully_reshardable` format raises KeyError 'step', for it copies every entry of the state, and the loaded one
@@ -114,9 +115,10 @@ def _mend_torch_adamw(part: DistributedOptimizer) -> None:
     """
     state = part.optimizer.state
     for group in part.optimizer.param_groups:
+        group["fused"] = True
         for parameter in group["params"]:
             state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32),
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter.data),
                 "exp_avg_sq": torch.zeros_like(parameter.data),
             }
@@ -133,8 +135,10 @@ def _mend_torch_adamw(part: DistributedOptimizer) -> None:
 
     def load_state_dict_with_own_steps(loaded: dict[str, Any]) -> None:
         load_state_dict(loaded)
-        for entry in part.optimizer.state.values():
-            entry["step"] = entry["step"].clone()
+        for parameter, entry in part.optimizer.state.items():
+            entry["step"] = entry["step"].to(parameter.device, copy=True)
+        for group in part.optimizer.param_groups:
+            group["fused"] = True  # also where the checkpoint is of other times
 
     part._set_main_param_and_optimizer_states = set_main_param_and_optimizer_states
     part.load_state_dict = load_state_dict_with_own_steps

@@ -157,6 +157,13 @@ def _modules(config: TransformerConfig) -> _Modules:
     )
 
 
+def transformer_engine() -> Any:
+    """Its own package, `transformer_engine.pytorch`, where it is installed."""
+    import transformer_engine.pytorch as engine  # type: ignore[import-not-found]  # here, since it takes seconds
+
+    return engine
+
+
 def layer_spec(config: TransformerConfig) -> ModuleSpec:
     """A decoder layer with mixed attention, of the modules that `transformer_impl` names.
 

@@ -46,8 +46,8 @@ class LossSums:
         return cls(**dict(zip((f.name for f in fields(cls)), (*scalars, *buckets), strict=True)))
 
 
-def bucketed(values: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums and counts of values [K] by position [K] in [0, 1], each [NUM_BUCKETS]."""
+def bucketed(values: Tensor, *, position: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted sums of values [K], and of the weights [K], by position [K] in [0, 1], each [NUM_BUCKETS]."""
     bucket = (position * NUM_BUCKETS).long().clamp_(max=NUM_BUCKETS - 1)
     zeros = torch.zeros(NUM_BUCKETS, device=values.device)
-    return zeros.index_add(0, bucket, values), zeros.index_add(0, bucket, torch.ones_like(values))
+    return zeros.index_add(0, bucket, values * weight), zeros.index_add(0, bucket, weight)

@@ -1,8 +1,8 @@
 """MMAR: one decoder that reads text and clean image tokens, and whose outputs are words, or conditions for the diffusion head.
 
-Suffixes: B sequences, S positions, D width of the backbone, L labelled positions, K masked tokens of this rank, R noise levels
-for each, C channels of a token, Z width of the condition, F teacher features, M images, N tokens of an image. Data is [B, S];
-megatron-core is [S, B, D].
+Suffixes: B sequences, S positions, T all positions, D width of the backbone, L labelled positions, M images, N tokens of each,
+I all image tokens, K those that a rank learns, R noise levels for each, C channels of a token, Z width of the condition,
+F teacher features. Data is [B, S]; megatron-core is [S, B, D].
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from megatron.core.enums import ModelType
+from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
@@ -29,11 +30,12 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
 from mmar_megatron.config import ModelConfig
-from mmar_megatron.data.batch import IGNORE, Batch
+from mmar_megatron.data.batch import Batch
 from mmar_megatron.diffusion.conditional import denoising_loss
 from mmar_megatron.diffusion.parameterization import Parameterization, check_compatible
 from mmar_megatron.diffusion.schedule import NoiseSchedule
 from mmar_megatron.model.attention import attention_bias, kept_allowed, mixed_attention_allowed, rotary_angles
+from mmar_megatron.model.compilation import compile_in_training
 from mmar_megatron.model.embedding import MultimodalEmbedding
 from mmar_megatron.model.flex import mixed_block_mask
 from mmar_megatron.model.head import DiffusionHead
@@ -42,23 +44,12 @@ from mmar_megatron.model.initialization import initialize_backbone, seeded
 from mmar_megatron.model.key_values import KeyValueCache
 from mmar_megatron.model.layer_specs import block_spec
 from mmar_megatron.model.losses import LossSums, bucketed
+from mmar_megatron.model.tensor_overlap import overlapping
 from mmar_megatron.model.vision import Projector
 from mmar_megatron.parallel import ParallelGroups
 
 _SCALES = "_extra_state"
 """How the names end under which Transformer Engine's modules keep scales of FP8, pickled."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowsToLearn:
-    """Which positions of a microbatch have a loss: only these reach the heads."""
-
-    labelled: Tensor
-    """[L] of (S B): where a label is. Alike on all tensor-parallel ranks, which divide the vocabulary."""
-    masked: Tensor
-    """[K] of (M N): this rank's share of the masked tokens."""
-    visible: Tensor
-    """[K] of (M N): this rank's share of the visible tokens, which are aligned with the teacher's; none where there is none."""
 
 
 class MMARModel(LanguageModule):
@@ -144,6 +135,9 @@ class MMARModel(LanguageModule):
             width = config.head.width
             self.post_projector = Projector(in_features=config.backbone.hidden_size, out_features=width)
             self.diffusion_head = DiffusionHead(depth=config.head.depth, width=width, channels=channels, condition_width=width)
+            if config.head.compile != "off":
+                few = config.head.row_multiple > 1
+                compile_in_training(self.diffusion_head, fixed_rows=few, graphs=config.head.compile == "graphs")
             if config.alignment_loss_weight > 0:
                 self.alignment_projector = nn.Linear(config.backbone.hidden_size, config.alignment_features)
         for module in self._row_parallel_modules():
@@ -176,7 +170,8 @@ class MMARModel(LanguageModule):
             On the last stage `LossSums`, or [S, B, D] with `return_hidden`; on the others the hidden states for the next.
         """
         backbone = self.settings.backbone
-        with self._attending_to(cache), self._fp8_in_training_alone():
+        overlap = overlapping(self.decoder, enabled=self.training or not backbone.tp_comm_overlap)
+        with self._attending_to(cache), self._fp8_in_training_alone(), overlap:
             h_SBD = self.decoder(
                 hidden_states=self.embedding(batch) if self.pre_process else None,
                 **self._mask(batch, cache),
@@ -190,7 +185,7 @@ class MMARModel(LanguageModule):
         if not self.post_process:
             return h_SBD
         h_SBD = self._enter_heads(h_SBD)
-        return h_SBD if return_hidden else self.losses(h_SBD, batch=batch, rows=self.rows_to_learn(batch))
+        return h_SBD if return_hidden else self._losses(h_SBD, batch=batch)
 
     def _mask(self, batch: Batch, cache: KeyValueCache | None) -> dict[str, Any]:
         """The mask of all layers, as `MixedAttention` takes it: none where causal order says all."""
@@ -229,34 +224,32 @@ class MMARModel(LanguageModule):
             return gather_from_sequence_parallel_region(h_SBD, tensor_parallel_output_grad=True, group=self.groups.tensor)
         return copy_to_tensor_model_parallel_region(h_SBD, group=self.groups.tensor)
 
-    def rows_to_learn(self, batch: Batch) -> RowsToLearn:
-        """Of this tensor-parallel rank. On a GPU the host waits to know how many they are."""
-        labelled = (rearrange(batch.labels_BS, "b s -> (s b)") != IGNORE).nonzero().squeeze(1)
-        visible = self._own_share(batch.visible_MN) if self.settings.alignment_loss_weight > 0 else labelled.new_empty(0)
-        return RowsToLearn(labelled=labelled, masked=self._own_share(batch.masked_MN), visible=visible)
-
-    def losses(self, h_SBD: Tensor, *, batch: Batch, rows: RowsToLearn) -> LossSums:
-        """From the final hidden states, of these rows alone. Last stage only."""
+    def _losses(self, h_SBD: Tensor, *, batch: Batch) -> LossSums:
+        """Only rows that have a loss reach the heads: on each tensor-parallel rank all labels, for the vocabulary is divided, and
+        its own share of the image tokens. Nothing here waits for the device."""
         sequences = h_SBD.shape[1]
         h_TD = rearrange(h_SBD, "s b d -> (s b) d")
         labels_T = rearrange(batch.labels_BS, "b s -> (s b)")
-        text = self.text_errors(h_TD[rows.labelled], labels_L=labels_T[rows.labelled]).sum()
-        position_MN = batch.image_positions_MN
-        row_MN = position_MN % batch.tokens_BS.shape[1] * sequences + position_MN // batch.tokens_BS.shape[1]
+        labelled_L, visible_K = batch.labelled_L, self._own_share(batch.aligned_V)
+        masked_K, learned_K = filled_up(self._own_share(batch.masked_P), multiple=self.settings.head.row_multiple)
+        position_I = batch.image_positions_MN.flatten()
+        row_I = position_I % batch.tokens_BS.shape[1] * sequences + position_I // batch.tokens_BS.shape[1]
         return LossSums(
-            text=text,
-            **self._image_loss(h_TD[row_MN.flatten()[rows.masked]], batch=batch, masked=rows.masked),
-            alignment=self._alignment_loss(h_TD[row_MN.flatten()[rows.visible]], batch=batch, visible=rows.visible),
+            text=self.text_errors(h_TD[labelled_L], labels_L=labels_T[labelled_L]).sum(),
+            **self._image_loss(h_TD[row_I[masked_K]], batch=batch, masked_K=masked_K, learned_K=learned_K),
+            alignment=self._alignment_loss(h_TD[row_I[visible_K]], batch=batch, visible_K=visible_K),
         )
 
-    def _own_share(self, chosen_MN: Tensor) -> Tensor:
-        """This tensor-parallel rank's even share of the chosen image tokens, as indices into (M N)."""
-        chosen = chosen_MN.flatten().nonzero().squeeze(1)
-        return chosen[self.groups.tensor.rank() :: self.groups.tensor.size()]
+    def _own_share(self, tokens: Tensor) -> Tensor:
+        """This tensor-parallel rank's even share of image tokens."""
+        return tokens[self.groups.tensor.rank() :: self.groups.tensor.size()]
 
     def text_errors(self, h_LD: Tensor, *, labels_L: Tensor) -> Tensor:
         """Cross-entropy of each label, [L] in fp32, from final hidden states that have entered the heads. Last stage only."""
-        return vocab_parallel_cross_entropy(self._parallel_logits(h_LD).float(), labels_L)
+        logits_LV = self._parallel_logits(h_LD).float()
+        if self.config.cross_entropy_loss_fusion:
+            return fused_vocab_parallel_cross_entropy(logits_LV, labels_L, self.groups.tensor)
+        return vocab_parallel_cross_entropy(logits_LV, labels_L)
 
     def image_errors(self, h_KD: Tensor, *, batch: Batch, tokens_K: Tensor) -> tuple[Tensor, Tensor]:
         """Squared errors of image tokens, and what predicting zero would cost, each [K, R] in fp32. Last stage only.
@@ -279,29 +272,30 @@ class MMARModel(LanguageModule):
             parameterization=self.parameterization,
         )
 
-    def _image_loss(self, h_KD: Tensor, *, batch: Batch, masked: Tensor) -> dict[str, Tensor]:
-        loss_KR, zero_KR = self.image_errors(h_KD, batch=batch, tokens_K=masked)
-        u_KR = rearrange(batch.timesteps_MNR, "m n r -> (m n) r")[masked]
+    def _image_loss(self, h_KD: Tensor, *, batch: Batch, masked_K: Tensor, learned_K: Tensor) -> dict[str, Tensor]:
+        loss_KR, zero_KR = self.image_errors(h_KD, batch=batch, tokens_K=masked_K)
+        u_KR = rearrange(batch.timesteps_MNR, "m n r -> (m n) r")[masked_K]
         loss_K = loss_KR.mean(dim=1)
-        by_timestep, rows_by_timestep = bucketed(loss_KR.detach().flatten(), u_KR.flatten())
+        learned_KR = learned_K[:, None].expand_as(u_KR)
+        by_timestep, rows_by_timestep = bucketed(loss_KR.detach().flatten(), position=u_KR.flatten(), weight=learned_KR.flatten())
         ratio_MN = batch.masked_MN.float().mean(dim=1, keepdim=True).expand_as(batch.masked_MN)
-        by_mask_ratio, rows_by_mask_ratio = bucketed(loss_K.detach(), ratio_MN.flatten()[masked])
+        by_mask_ratio, rows_by_mask_ratio = bucketed(loss_K.detach(), position=ratio_MN.flatten()[masked_K], weight=learned_K)
         return {
-            "image": loss_K.sum(),
-            "image_zero": zero_KR.mean(dim=1).sum(),
+            "image": (loss_K * learned_K).sum(),
+            "image_zero": (zero_KR.mean(dim=1) * learned_K).sum(),
             "image_by_timestep": by_timestep,
             "count_by_timestep": rows_by_timestep,
             "image_by_mask_ratio": by_mask_ratio,
             "count_by_mask_ratio": rows_by_mask_ratio,
         }
 
-    def _alignment_loss(self, h_KD: Tensor, *, batch: Batch, visible: Tensor) -> Tensor:
+    def _alignment_loss(self, h_KD: Tensor, *, batch: Batch, visible_K: Tensor) -> Tensor:
         if self.settings.alignment_loss_weight == 0:
             return torch.zeros((), device=h_KD.device)
         if batch.teacher_MNF is None:
             raise ValueError("model.alignment_loss_weight is not 0, but the data holds no teacher features: set it to 0.")
         projected_KF = self.alignment_projector(h_KD).float()
-        teacher_KF = rearrange(batch.teacher_MNF, "m n f -> (m n) f")[visible]
+        teacher_KF = rearrange(batch.teacher_MNF, "m n f -> (m n) f")[visible_K]
         return (1 - F.cosine_similarity(projected_KF, teacher_KF, dim=-1)).sum()
 
     def _parallel_logits(self, h_LD: Tensor) -> Tensor:
@@ -322,6 +316,13 @@ class MMARModel(LanguageModule):
         # MAR's sinusoids span 1,000 levels; another number of levels is brought to that scale.
         scale = 1000 / self.schedule.num_timesteps
         return self.diffusion_head(x_KRC, timestep_KR=timestep_KR * scale, z_KZ=z_KZ)
+
+
+def filled_up(tokens_K: Tensor, *, multiple: int) -> tuple[Tensor, Tensor]:
+    """Tokens up to a multiple of their number, by the first of the batch; and 1 for each own, 0 for what fills up."""
+    own = len(tokens_K)
+    filled_K = F.pad(tokens_K, (0, -(-max(own, 1) // multiple) * multiple - own if multiple > 1 else 0))
+    return filled_K, (torch.arange(len(filled_K), device=tokens_K.device) < own).float()
 
 
 def _without_scales(model: nn.Module, incompatible: Any) -> None:

@@ -30,7 +30,7 @@ from mmar_megatron.data.batch import Batch
 from mmar_megatron.model.attention import MixedAttention
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.model.layer_specs import RMSNorm
-from mmar_megatron.model.mmar_model import MMARModel, RowsToLearn, build_model
+from mmar_megatron.model.mmar_model import MMARModel, build_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,17 +89,15 @@ def run_on_fake_tensors(
     ranks = config.parallel.tensor_model_parallel_size
     with _fake_piece(config, piece, geometry=geometry, vocab_size=vocab_size) as model:
         batch = fake_batch(microbatch, geometry=geometry, config=config)
-        rows = fake_rows(microbatch, geometry=geometry, config=config)
         given = () if piece.first else (_hidden_states(config, microbatch).requires_grad_(),)
         of_batch = [tensor for f in fields(batch) if isinstance(tensor := getattr(batch, f.name), Tensor)]
         saved, watch = _Saved(model), _Watch(ranks=ranks, there=[*model.parameters(), *model.buffers(), *of_batch])
         with watch:
             with torch.autograd.graph.saved_tensors_hooks(saved.note, lambda tensor: tensor):
                 model.set_input_tensor([*given] or [None])
-                out = model(batch, return_hidden=piece.last)
+                out = model(batch)
                 if piece.last:
-                    sums = model.losses(out, batch=batch, rows=rows)
-                    out = sums.text + sums.image + sums.alignment
+                    out = out.text + out.image + out.alignment
             if not piece.last:
                 saved.note(out)  # megatron-core's schedules keep what they have sent until the gradient comes back
             out.backward(torch.ones_like(out))
@@ -129,7 +127,7 @@ def _fake_piece(config: Config, piece: Piece, *, geometry: ImageGeometry, vocab_
     try:
         with torch.device("meta"):
             (model,) = build_model(
-                replace(config.model, backbone=backbone, attention="dense"),
+                replace(config.model, backbone=backbone, attention="dense", head=replace(config.model.head, compile="off")),
                 geometry=geometry,
                 vocab_size=vocab_size,
                 groups=groups,
@@ -199,10 +197,11 @@ class _FusedNorm(torch.autograd.Function):
 
 
 def fake_batch(microbatch: Microbatch, *, geometry: ImageGeometry, config: Config) -> Batch:
-    """Of the microbatch's shape, with zeros in it."""
+    """Of the microbatch's shape, with zeros in it: how much is to be learned counts, and where that is, is all one."""
     sequence = (microbatch.sequences, microbatch.sequence_length)
     image = (max(1, microbatch.images), geometry.grid_height * geometry.grid_width)
     levels, features = config.model.head.timestep_multiplier, config.model.alignment_features
+    aligned = microbatch.images * image[1] - microbatch.masked if config.model.alignment_loss_weight > 0 else 0
     long = partial(torch.zeros, dtype=torch.int64)
     return Batch(
         tokens_BS=long(sequence),
@@ -218,18 +217,9 @@ def fake_batch(microbatch: Microbatch, *, geometry: ImageGeometry, config: Confi
         noise_MNRC=torch.zeros((*image, levels, geometry.channels)),
         teacher_MNF=torch.zeros((*image, features)) if config.model.alignment_loss_weight > 0 else None,
         sample_ids_BK=long((microbatch.sequences, 1)),
-    )
-
-
-def fake_rows(microbatch: Microbatch, *, geometry: ImageGeometry, config: Config) -> RowsToLearn:
-    """As many as a rank has of the microbatch; which, is all one."""
-    ranks = config.parallel.tensor_model_parallel_size
-    visible = microbatch.images * geometry.grid_height * geometry.grid_width - microbatch.masked
-    aligned = visible if config.model.alignment_loss_weight > 0 else 0
-    return RowsToLearn(
-        labelled=torch.zeros(microbatch.labels, dtype=torch.int64),
-        masked=torch.zeros(-(-microbatch.masked // ranks), dtype=torch.int64),
-        visible=torch.zeros(-(-aligned // ranks), dtype=torch.int64),
+        labelled_L=long(microbatch.labels),
+        masked_P=long(microbatch.masked),
+        aligned_V=long(aligned),
     )
 
 

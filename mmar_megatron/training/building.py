@@ -12,6 +12,7 @@ from mmar_megatron.engine.base import Engine
 from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.model.mmar_model import build_model
+from mmar_megatron.model.tensor_overlap import prepare_overlap
 from mmar_megatron.parallel import ParallelGroups
 
 
@@ -40,6 +41,8 @@ def build_engine(config: Config, *, source: DataSource, groups: ParallelGroups) 
         groups=groups,
         seed=config.seed,
     )
+    if config.model.backbone.tp_comm_overlap:
+        prepare_overlap(config.model.backbone, positions=config.train.micro_batch_size * config.data.sequence_length)
     if config.engine == "native":
         return NativeEngine(config, chunks=model, groups=groups)
     from mmar_megatron.engine.deepspeed import DeepSpeedEngine  # here, since it takes seconds

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -97,8 +95,7 @@ def one_document_a_row(batch: Batch) -> Batch:
                 row = torch.full((length,), fill.get(name, 0))
                 row[: end - begin] = getattr(batch, name)[b, begin:end]
                 rows.append(row)
-    changed: dict[str, Any] = {name: torch.stack(rows) for name, rows in columns.items()}
-    return replace(batch, image_positions_MN=positions_MN, **changed)
+    return batch.changed(image_positions_MN=positions_MN, **{name: torch.stack(rows) for name, rows in columns.items()})
 
 
 def train(engine: Engine, batches: Iterable, *, steps: int, microbatches: int, lr: float = 3e-3) -> list[StepResult]:

@@ -8,6 +8,7 @@ one that begins with "dense" has a mask for texts alone, too.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -40,6 +41,7 @@ SAMPLINGS = (
 def main() -> None:
     """Layout after layout in the same processes."""
     data, directory, steps, layouts = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
+    threads: list[int] = []
     for name, options in layouts.items():
         noted: list[bool] = []
 
@@ -72,7 +74,9 @@ def main() -> None:
             made["parameters"] = sum(p.numel() for chunk in engine.chunks for p in chunk.parameters())
             print(json.dumps({name: {"figures": figures, **made}}), flush=True)
         parallel.destroy()
+        threads.append(len(os.listdir("/proc/self/task")))
     parallel.leave()
+    assert max(threads) < 1.5 * threads[0], f"groups of layouts that are gone keep threads: {threads}"
 
 
 def with_a_mask(batch: Batch) -> Batch:

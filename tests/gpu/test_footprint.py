@@ -8,8 +8,8 @@ import torch
 from mmar_megatron import parallel, platform
 from mmar_megatron.config import parse_command_line
 from mmar_megatron.model.image_geometry import ImageGeometry
-from mmar_megatron.model.mmar_model import RowsToLearn, build_model
-from mmar_megatron.scaling.footprint import Microbatch, Piece, fake_batch, fake_rows, run_on_fake_tensors
+from mmar_megatron.model.mmar_model import build_model
+from mmar_megatron.scaling.footprint import Microbatch, Piece, fake_batch, run_on_fake_tensors
 
 GEOMETRY = ImageGeometry(grid_height=16, grid_width=16, channels=16)
 MICROBATCH = Microbatch(sequences=4, sequence_length=1024, images=12, labels=1000, masked=2500)
@@ -42,12 +42,10 @@ def test_memory_is_what_is_counted(variant: str) -> None:
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(_let_go)
         batch = fake_batch(MICROBATCH, geometry=GEOMETRY, config=config).to(platform.device())
-        rows = fake_rows(MICROBATCH, geometry=GEOMETRY, config=config)
-        rows = RowsToLearn(**{name: index.to(platform.device()) for name, index in vars(rows).items()})
         for _ in range(2):  # at first kernels allocate workspaces
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            sums = model.losses(model(batch, return_hidden=True), batch=batch, rows=rows)
+            sums = model(batch)
             saved = torch.cuda.memory_allocated() - before
             (sums.text + sums.image).backward()
             peak = torch.cuda.max_memory_allocated() - before

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import pytest
 import torch
@@ -76,7 +75,7 @@ def test_what_plain_pytorch_lacks(groups: ParallelGroups) -> None:
 
 def test_parts_make_up_the_step(microbatches: list[Batch], groups: ParallelGroups) -> None:
     watched, alone = engine_of(groups), engine_of(groups)
-    texts = replace(microbatches[0], masked_MN=torch.zeros_like(microbatches[0].masked_MN))  # a part may have nothing to do
+    texts = microbatches[0].changed(masked_MN=torch.zeros_like(microbatches[0].masked_MN))  # a part may have nothing to do
     batches = [*microbatches, texts]
     rows = measure_parts(watched, batches, learning_rate=1e-3, rounds=3)
     assert tuple(row["part"] for row in rows) == PARTS

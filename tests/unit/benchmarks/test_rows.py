@@ -19,9 +19,11 @@ from mmar_megatron.data.batch import Batch
 from mmar_megatron.model.mmar_model import MMARModel
 from mmar_megatron.parallel import ParallelGroups
 from tests.unit.model.stand_ins import use_stand_ins
+from tests.unit.model.traced import traced
 from tests.unit.model.unfused import use_unfused_flex
 from tests.unit.tiny import config_of
 
+HEADS = ("masked", "masked, compiled", "filled up, compiled", "filled up, graphs")
 UNIFORM = MaskRatioConfig(distribution="uniform", minimum=0.0)
 
 
@@ -74,6 +76,15 @@ def test_what_is_left_out_has_no_loss(part: str, model: MMARModel) -> None:
     assert torch.equal(of_hidden_TD.ne(0).any(dim=1), counted_T)
     assert min(float(gradient.abs().max()) for gradient in of_weights.values()) > 0
     assert any(name.startswith("diffusion_head.") for name in of_weights) == (part == "head")
+
+
+def test_all_heads_have_the_same_loss(groups: ParallelGroups, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that are compiled on GPUs: here they are traced alone."""
+    monkeypatch.setattr(rows, "sized", lambda options: (config_of(*options), groups))
+    with traced():
+        found = rows.compare_head([], images=4, image_tokens=16, channels=8, rounds=2, compiled=True)["rows"]
+    assert {(row["case"], row["rows"]) for row in found} == {(stage, way) for stage in rows.STAGES for way in HEADS}
+    assert max(row["relative_loss_difference"] for row in found) < 1e-5
 
 
 def test_stages_mask_what_they_say() -> None:

@@ -51,12 +51,17 @@ def rows(batch: Batch) -> Iterator[tuple[bytes, ...]]:
     of_row_M = batch.image_positions_MN[:, 0] // length
     occupied_M = (batch.visible_MN | batch.masked_MN).any(dim=1)
     ids_BK = batch.sample_ids_BK
-    relative = replace(batch, image_positions_MN=batch.image_positions_MN % length, sample_ids_BK=None)  # type: ignore[arg-type]
+    relative = vars(batch) | {"image_positions_MN": batch.image_positions_MN % length}
+    for name in (
+        "sample_ids_BK",
+        "labelled_L",
+        "masked_P",
+        "aligned_V",
+    ):  # ids come below, the rest follows from labels and masks
+        del relative[name]
     for b in range(len(batch.tokens_BS)):
         own = (of_row_M == b) & occupied_M
-        tensors = [
-            tensor[b] if name.endswith("_BS") else tensor[own] for name, tensor in vars(relative).items() if tensor is not None
-        ]
+        tensors = [tensor[b] if name.endswith("_BS") else tensor[own] for name, tensor in relative.items() if tensor is not None]
         tensors.append(ids_BK[b][ids_BK[b] >= 0])
         yield tuple(tensor.numpy().tobytes() for tensor in tensors)
 

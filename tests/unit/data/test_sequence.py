@@ -233,3 +233,19 @@ def test_too_long_content_is_cut(tokenizer: Tokenizer, parts: Callable[[], Any],
     assert len(document.images) == images
     assert len(document.labels_L) == len(document.tokens_L) <= 32
     assert document.truncated == (images == 0 or document.images[-1].image.masked_N.any())
+
+
+def test_what_is_learned_is_found_with_the_batch(tokenizer: Tokenizer) -> None:
+    """Places of labels, masked and aligned tokens; alike when labels and masks change, and when all is to be learned no more."""
+    painted = build(tokenizer).text_to_image(TEXT, image=image([True, False, True, True]), sample_id=1)
+    told = build(tokenizer).image_to_text(TEXT, image=image(), sample_id=2)
+    batch = batch_of([[painted], [told]], tokenizer.pad_id)
+    position_L, row_L = batch.labelled_L // 2, batch.labelled_L % 2
+    assert batch.labels_BS[row_L, position_L].tolist() == [*TEXT, tokenizer.eos_id]
+    assert batch.masked_P.tolist() == [0, 2, 3]
+    assert batch.num_aligned == 0
+    with_teacher = batch.changed(teacher_MNF=torch.rand(2, N, 5))
+    assert with_teacher.aligned_V.tolist() == [1, *range(N, 2 * N)]
+    assert with_teacher.changed(masked_MN=torch.ones_like(batch.masked_MN)).masked_P.tolist() == list(range(2 * N))
+    nothing = with_teacher.without_losses()
+    assert (nothing.num_labels, nothing.num_masked, nothing.num_aligned) == (0, 0, 0)

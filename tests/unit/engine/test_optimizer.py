@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 from torch import Tensor
 
 from mmar_megatron.config import OptimizerConfig
@@ -67,6 +69,22 @@ def test_a_run_no_longer_than_the_warm_up(steps: int) -> None:
 def test_later_steps_than_planned_stay_at_the_end() -> None:
     config = OptimizerConfig(lr=1.0, warmup_steps=0, min_lr=0.25)
     assert [learning_rate(step, config=config, total_steps=5) for step in (4, 5, 50)] == pytest.approx([0.25] * 3)
+
+
+# --- AdamW ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_fused_also_after_a_checkpoint_of_one_that_was_not(groups: ParallelGroups, batch: Batch, tmp_path: Path) -> None:
+    first, second = engine_of(groups), engine_of(groups)
+    for group in first.optimizer.param_groups:
+        assert group["fused"]
+        group["fused"] = None
+    first.train_step([batch], learning_rate=1e-3)
+    dist_checkpointing.save(first.sharded_state_dict(), str(tmp_path))
+    second.load_state_dict(dist_checkpointing.load(second.sharded_state_dict(is_loading=True), str(tmp_path)))
+    assert all(group["fused"] for group in second.optimizer.param_groups)
+    results = [engine.train_step([batch], learning_rate=1e-3) for engine in (first, second, first, second)]
+    assert results[3].loss == pytest.approx(results[2].loss, rel=1e-6)  # one kernel or several, the weights are the same
 
 
 # --- weight decay ---------------------------------------------------------------------------------------------------------------

@@ -5,8 +5,6 @@ Axes: B rows, S positions, D width of the backbone, V vocabulary, K masked token
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -119,9 +117,10 @@ def test_buckets_add_up(model: MMARModel, batch: Batch) -> None:
 
 
 def test_bucketed() -> None:
-    sums, counts = bucketed(torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0.0, 0.124, 0.125, 1.0]))
-    assert sums.tolist() == [3, 4, 0, 0, 0, 0, 0, 8]
-    assert counts.tolist() == [2, 1, 0, 0, 0, 0, 0, 1]
+    values, position = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0.0, 0.124, 0.125, 1.0])
+    sums, counts = bucketed(values, position=position, weight=torch.tensor([1.0, 1.0, 1.0, 0.5]))
+    assert sums.tolist() == [3, 4, 0, 0, 0, 0, 0, 4]
+    assert counts.tolist() == [2, 1, 0, 0, 0, 0, 0, 0.5]
 
 
 def test_sums_survive_flattening(model: MMARModel, batch: Batch) -> None:
@@ -140,7 +139,7 @@ def test_text_logits_are_those_of_the_loss(model: MMARModel, batch: Batch) -> No
 def test_alignment_loss(aligned_model: MMARModel, batch: Batch) -> None:
     """1 - cosine over visible tokens; masked ones, whose content the backbone does not know, are left alone."""
     teacher_MNF = torch.randn(*batch.masked_MN.shape, FEATURES, generator=torch.Generator().manual_seed(0))
-    batch = replace(batch, teacher_MNF=teacher_MNF)
+    batch = batch.changed(teacher_MNF=teacher_MNF)
     h_BSD = hidden_states(aligned_model, batch)
     expected = 0.0
     for slot, n, row, position in image_rows(batch):
@@ -159,7 +158,7 @@ def test_alignment_without_teacher_is_refused(aligned_model: MMARModel, batch: B
 
 def test_no_alignment_without_weight(model: MMARModel, batch: Batch) -> None:
     teacher_MNF = torch.randn(*batch.masked_MN.shape, FEATURES)
-    assert float(loss_sums(model, replace(batch, teacher_MNF=teacher_MNF)).alignment) == 0
+    assert float(loss_sums(model, batch.changed(teacher_MNF=teacher_MNF)).alignment) == 0
     assert not hasattr(model, "alignment_projector")
 
 
@@ -170,9 +169,9 @@ def test_nothing_to_learn_of_one_kind(lacking: str, model: MMARModel, batch: Bat
     if lacking == "both":
         batch = batch.without_losses()
     elif lacking == "labels":
-        batch = replace(batch, labels_BS=torch.full_like(batch.labels_BS, IGNORE))
+        batch = batch.changed(labels_BS=torch.full_like(batch.labels_BS, IGNORE))
     else:
-        batch = replace(batch, masked_MN=torch.zeros_like(batch.masked_MN))
+        batch = batch.changed(masked_MN=torch.zeros_like(batch.masked_MN))
     with torch.no_grad():
         found = loss_sums(model, batch)
     assert found.flatten().isfinite().all()
@@ -200,3 +199,19 @@ def gradients(model: MMARModel, batch: Batch) -> dict[str, Tensor]:
         assert gradient.isfinite().all(), name
         result[name] = gradient
     return result
+
+
+def test_fused_cross_entropy(groups: ParallelGroups, batch: Batch) -> None:
+    """megatron-core's: the same losses, and gradients up to bf16, in which it hands them on."""
+    options = ["--precision.dtype", "bf16", "--model.backbone.cross_entropy_loss_fusion"]
+    plain, fused = (build_tiny(groups, *options, value) for value in ("false", "true"))
+    for model in (plain, fused):
+        stir(model)
+    assert torch.equal(loss_sums(fused, batch).flatten(), loss_sums(plain, batch).flatten())
+    of_fused = gradients(fused, batch)
+    for name, gradient in gradients(plain, batch).items():
+        torch.testing.assert_close(of_fused[name], gradient, rtol=0, atol=float(gradient.abs().max()) * 2**-5, msg=name)
+    with pytest.raises(
+        ValueError, match=r"cross_entropy_loss_fusion rounds gradients to bf16: leave it out, or set precision\.dtype"
+    ):
+        build_tiny(groups, "--model.backbone.cross_entropy_loss_fusion", "true")

@@ -91,7 +91,7 @@ def test_influence_is_the_rule_and_nothing_else(kind: str, model: MMARModel, doc
     ids = {
         name: getattr(row, name).expand(length, -1) for name in ("tokens_BS", "document_ids_BS", "span_ids_BS", "position_ids_BS")
     }
-    rows = replace(row, labels_BS=row.labels_BS.expand(length, -1), **ids)
+    rows = row.changed(labels_BS=row.labels_BS.expand(length, -1), **ids)
 
     generator = torch.Generator().manual_seed(1)
     input_SBD = torch.randn(length, length, model.config.hidden_size, generator=generator)

@@ -160,7 +160,7 @@ def random_batch(*, levels: int) -> Batch:
     has_label_BS = (positions_BS >= 3 + tokens) & (positions_BS < LENGTH - 4)
     masked_MN = torch.zeros(SEQUENCES, tokens, dtype=torch.bool)
     masked_MN[0, :4] = masked_MN[1, 2:] = True
-    return Batch(
+    return Batch.of(
         tokens_BS=positions_BS,
         labels_BS=torch.where(has_label_BS, positions_BS, IGNORE),
         position_ids_BS=positions_BS,

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from mmar_megatron.config import Config, parse_command_line
 from mmar_megatron.model.image_geometry import ImageGeometry
+from mmar_megatron.model.mmar_model import MMARModel
 from mmar_megatron.scaling import footprint as footprint_module
 from mmar_megatron.scaling.footprint import Footprint, Microbatch, Piece, run_on_fake_tensors
 from mmar_megatron.scaling.pieces import Footprints, Recomputation
@@ -144,3 +146,11 @@ def test_nothing_is_left_behind() -> None:
     assert sys.excepthook is hook
     assert not torch.distributed.is_initialized()
     assert type(torch.empty(1)) is torch.Tensor
+
+
+def test_the_device_is_asked_for_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that would have to know what is in a tensor cannot run on fake ones; none does, and so no host waits for its GPU."""
+    whole(config_of(), Piece(1))
+    monkeypatch.setattr(MMARModel, "_own_share", lambda self, tokens: tokens[(tokens == 0).nonzero().squeeze(1)])
+    with pytest.raises(DynamicOutputShapeException):
+        whole(config_of(), Piece(1))
