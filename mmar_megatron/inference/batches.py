@@ -85,7 +85,9 @@ def continuation(
         timesteps_MNR=torch.zeros((1, num_tokens, 1), device=tokens_BS.device),
         noise_MNRC=torch.zeros((1, num_tokens, 1, channels), device=tokens_BS.device),
         sample_ids_BK=torch.full((rows, 1), -1, device=tokens_BS.device),
-        **dict.fromkeys(("labelled_L", "masked_P", "aligned_V"), tokens_BS.new_empty(0)),
+        labelled_L=tokens_BS.new_empty(0),
+        masked_P=tokens_BS.new_empty(0),
+        aligned_V=tokens_BS.new_empty(0),
     )
 
 

@@ -5,6 +5,7 @@ Axes: B rows, S positions, H heads, G key-value groups, D width of a head.
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from mmar_megatron.benchmarks.synthetic import synthetic_batch
 from mmar_megatron.config import MaskRatioConfig
 from mmar_megatron.data.batch import Batch
 from mmar_megatron.data.tokenizer import Tokenizer
+from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.model.attention import MixedAttention, attention_bias, mixed_attention_allowed
 from mmar_megatron.parallel import ParallelGroups
 from tests.gpu.runs import engine_on_gpu, furthest, gradients, named, packed_batches, relative_error
@@ -152,8 +154,8 @@ def test_in_bf16_they_err_no_more_than_under_the_mask(
 
 def test_transformer_engine_fuses_it(groups: ParallelGroups, texts: list[Batch]) -> None:
     pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine: requirements-gpu.txt")
-    from transformer_engine.pytorch.attention.dot_product_attention import dot_product_attention
-
+    package = "transformer_engine.pytorch.attention.dot_product_attention"
+    dot_product_attention = importlib.import_module(f"{package}.dot_product_attention")
     engine_on_gpu(groups, *TE, *BF16).train_step(texts, learning_rate=0.0)
     chosen = dot_product_attention._attention_backends
     assert chosen["use_fused_attention"] or chosen["use_flash_attention"]
@@ -177,6 +179,6 @@ def test_fp8_beside_it(
     assert not [key for key in attention.fp8_meta if "scaling" in key]
 
 
-def _learned(engine, batches: list[Batch]) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
+def _learned(engine: NativeEngine, batches: list[Batch]) -> dict[str, Tensor]:
     """Gradients of what a text teaches; the others are zero."""
     return {name: gradient for name, gradient in gradients(engine, batches).items() if gradient.norm() > 0}

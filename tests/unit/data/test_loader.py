@@ -57,7 +57,8 @@ def rows(batch: Batch) -> Iterator[tuple[bytes, ...]]:
         "labelled_L",
         "masked_P",
         "aligned_V",
-    ):  # ids come below, the rest follows from labels and masks
+        "causal",
+    ):  # ids come below, the rest follows from labels, masks and ids of documents and spans
         del relative[name]
     for b in range(len(batch.tokens_BS)):
         own = (of_row_M == b) & occupied_M
