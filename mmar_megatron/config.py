@@ -381,6 +381,9 @@ BACKBONE_DEFAULTS: dict[str, Any] = {
     "layernorm_epsilon": 1e-6,
     "bias_dropout_fusion": False,
     "transformer_impl": "local",
+    # Transformer Engine's own: megatron-core would scale by the last pass alone, and cut what has grown since.
+    "fp8_amax_history_len": 1024,
+    "fp8_amax_compute_algo": "max",
 }
 """Where MMAR's backbone (Llama- and Qwen-like) differs from megatron-core's defaults. Any may be overridden."""
 
@@ -405,8 +408,8 @@ def _derived_backbone_fields(cfg: Namespace) -> dict[str, tuple[Any, str]]:
     derived |= dict.fromkeys(("params_dtype", "pipeline_dtype"), (dtype, "precision.dtype"))
     derived["bf16"] = (dtype is torch.bfloat16, "precision.dtype")
     fp8 = cfg.precision.fp8
-    # `hybrid`: weights and activations have more bits of mantissa, gradients more of exponent.
-    derived["fp8"] = (None if fp8 == "off" else "hybrid", "precision.fp8")
+    # `hybrid`: weights and activations have more bits of mantissa, gradients more of exponent, which a block does not need.
+    derived["fp8"] = ({"off": None, "blockwise": "e4m3"}.get(fp8, "hybrid"), "precision.fp8")
     derived["fp8_recipe"] = (_backbone_defaults()["fp8_recipe"] if fp8 == "off" else fp8, "precision.fp8")
     # Losses are sums that the training step divides once by the global counts; megatron-core must not divide by anything.
     derived["calculate_per_token_loss"] = (True, "the training step")
