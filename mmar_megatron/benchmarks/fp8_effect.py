@@ -9,7 +9,7 @@ Axes: K masked tokens, R noise levels, C channels, Z width of the condition.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,7 @@ from mmar_megatron.data.source import DataSource
 from mmar_megatron.engine.base import Counts
 from mmar_megatron.engine.losses import weighted
 from mmar_megatron.model.mmar_model import MMARModel
+from mmar_megatron.parallel import ParallelGroups
 from mmar_megatron.progress import Progress
 from mmar_megatron.training import checkpoint
 from mmar_megatron.training.building import build_engine, build_loader
@@ -163,13 +164,14 @@ def joined(first: Batch, second: Batch) -> Batch:
     positions = first.tokens_BS.numel()
     placed_MN = torch.where(second.image_positions_MN < 0, -1, second.image_positions_MN + positions)
     second = replace(second, image_positions_MN=placed_MN)
-    tensors = {f.name: (getattr(first, f.name), getattr(second, f.name)) for f in fields(Batch)}
-    return Batch(**{name: None if pair[0] is None else torch.cat(pair) for name, pair in tensors.items()})
+    pairs = {f.name: (getattr(first, f.name), getattr(second, f.name)) for f in fields(Batch)}
+    return Batch(**{name: torch.cat(pair) for name, pair in pairs.items() if pair[0] is not None})
 
 
-def training_batches(config: Config, source: DataSource, groups: Any, *, count: int) -> list[Batch]:
+def training_batches(config: Config, source: DataSource, groups: ParallelGroups, *, count: int) -> list[Batch]:
     """The first of the run."""
-    return list(islice(iter(build_loader(config, source=source, groups=groups)), count))
+    with closing(iter(build_loader(config, source=source, groups=groups))) as batches:
+        return list(islice(batches, count))
 
 
 def outcome_of(model: MMARModel, batches: Sequence[Batch], *, settings: ModelConfig, progress: Progress | None = None) -> Outcome:

@@ -156,6 +156,7 @@ def test_products_and_gradients_by_their_formulas(recipe: Fp8Recipe, bias: bool)
     dy_SBO = random(80, 2, 48, seed=3)
     y_SBO = rounded_linear(x_SBI, weight_OI, bias_O, operands=operands_of(recipe))
     y_SBO.backward(dy_SBO)
+    assert x_SBI.grad is not None
 
     rounded = plain(recipe)
     x_TI, dy_TO = x_SBI.detach().flatten(0, 1), dy_SBO.flatten(0, 1)
@@ -163,7 +164,7 @@ def test_products_and_gradients_by_their_formulas(recipe: Fp8Recipe, bias: bool)
     y_TO = rounded["x forward"](x_TI) @ weight.T
     expected = {
         "y": (y_SBO.flatten(0, 1), y_TO if bias_O is None else y_TO + bias_O),
-        "dx": (x_SBI.grad.flatten(0, 1), rounded["dy for x"](dy_TO) @ weight),
+        "dx": (x_SBI.grad.view(-1, 144), rounded["dy for x"](dy_TO) @ weight),
         "dW": (weight_OI.grad, rounded["dy for weight"](dy_TO).T @ rounded["x backward"](x_TI)),
         **({} if bias_O is None else {"db": (bias_O.grad, dy_TO.sum(dim=0))}),
     }
@@ -177,6 +178,8 @@ def test_dtypes_are_those_of_the_operands() -> None:
     x_TI, weight_OI = (random(16, 16, seed=seed).bfloat16().requires_grad_() for seed in (0, 1))
     y_TO = rounded_linear(x_TI, weight_OI, operands=operands_of(TENSORWISE))
     y_TO.sum().backward()
+    assert x_TI.grad is not None
+    assert weight_OI.grad is not None
     assert {y_TO.dtype, x_TI.grad.dtype, weight_OI.grad.dtype} == {torch.bfloat16}
 
 
@@ -244,22 +247,21 @@ def test_recomputation_is_refused(groups: ParallelGroups) -> None:
 @pytest.mark.parametrize(
     ("options", "recipe", "spared"),
     [
-        (["--precision.fp8=tensorwise"], TENSORWISE, set()),
+        (["--precision.fp8=tensorwise"], TENSORWISE, {0}),
         (["--precision.fp8=delayed"], DELAYED, set()),
-        (["--precision.fp8=blockwise"], BLOCKWISE, set()),
+        (["--precision.fp8=blockwise", "--model.backbone.num_layers_at_start_in_bf16=0"], BLOCKWISE, set()),
         (
             ["--precision.fp8=delayed", "--model.backbone.fp8_amax_history_len=8", "--model.backbone.fp8_margin=1"],
             Fp8Recipe(scaling="delayed", amax_history_len=8, margin=1),
             set(),
         ),
-        (["--precision.fp8=blockwise", "--model.backbone.first_last_layers_bf16=true"], BLOCKWISE, {0, 3}),
         (
             [
-                *("--precision.fp8=tensorwise", "--model.backbone.first_last_layers_bf16=true"),
-                *("--model.backbone.num_layers_at_start_in_bf16=2", "--model.backbone.num_layers_at_end_in_bf16=0"),
+                *("--precision.fp8=tensorwise", "--model.backbone.num_layers_at_start_in_bf16=2"),
+                "--model.backbone.num_layers_at_end_in_bf16=1",
             ],
             TENSORWISE,
-            {0, 1},
+            {0, 1, 3},
         ),
     ],
 )
