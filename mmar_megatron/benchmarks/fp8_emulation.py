@@ -59,8 +59,14 @@ class Fp8Recipe:
 
     @classmethod
     def of(cls, backbone: TransformerConfig) -> Fp8Recipe:
-        """What megatron-core asks of Transformer Engine for this backbone, whose `fp8` is on."""
+        """What megatron-core asks of Transformer Engine for this backbone, whose `fp8` is on.
+
+        Raises:
+            ValueError: the gradients of weights are not in FP8.
+        """
         assert backbone.fp8 in ("hybrid", "e4m3"), backbone.fp8
+        if not backbone.fp8_wgrad:
+            raise ValueError("The emulation of FP8 rounds for weights' gradients too: leave out model.backbone.fp8_wgrad.")
         return cls(
             scaling=backbone.fp8_recipe,
             gradients=E5M2 if backbone.fp8 == "hybrid" else E4M3,

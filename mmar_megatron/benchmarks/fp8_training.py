@@ -58,5 +58,5 @@ def train_emulated(options: Sequence[str]) -> None:
 
 def as_record(emulation: Emulation) -> dict[str, Any]:
     """For JSON."""
-    recipe = {name: str(value).removeprefix("torch.") for name, value in asdict(emulation.recipe).items()}
-    return {"recipe": recipe, "layers_in_bf16": sorted(emulation.layers_in_bf16)}
+    gradients = str(emulation.recipe.gradients).removeprefix("torch.")
+    return {"recipe": asdict(emulation.recipe) | {"gradients": gradients}, "layers_in_bf16": sorted(emulation.layers_in_bf16)}

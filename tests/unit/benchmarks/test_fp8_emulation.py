@@ -244,6 +244,12 @@ def test_recomputation_is_refused(groups: ParallelGroups) -> None:
         pass
 
 
+def test_gradients_of_weights_in_bf16_are_refused() -> None:
+    backbone = config_of(*FP8, "--precision.fp8=delayed", "--model.backbone.fp8_wgrad=false").model.backbone
+    with pytest.raises(ValueError, match=r"leave out model\.backbone\.fp8_wgrad"):
+        Emulation.of(backbone)
+
+
 @pytest.mark.parametrize(
     ("options", "recipe", "spared"),
     [
