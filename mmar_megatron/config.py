@@ -21,7 +21,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from mmar_megatron import platform
-from mmar_megatron.config_checks import validate
+from mmar_megatron.config_checks import SPARED_LAYERS, validate
 
 platform.prepare_for_megatron()
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # --help shows the line under each field
@@ -244,7 +244,8 @@ class PrecisionConfig:
     """Of the parameters and activations."""
     fp8: Literal["off", "delayed", "tensorwise", "blockwise"] = "off"
     """How the matrix products of the backbone's layers are scaled in FP8 while training, by Transformer Engine: by recent largest
-    values, by the tensor's own, or by blocks' own. All else, and all evaluation, is in `dtype`."""
+    values, by the tensor's own, or by blocks' own. All else, and all evaluation, is in `dtype`; so is the first layer, but under
+    `delayed` (`model.backbone.num_layers_at_start_in_bf16`)."""
 
 
 @dataclass(kw_only=True)
@@ -386,6 +387,11 @@ BACKBONE_DEFAULTS: dict[str, Any] = {
     "layernorm_epsilon": 1e-6,
     "bias_dropout_fusion": False,
     "transformer_impl": "local",
+    # Transformer Engine's own: megatron-core would scale by the last pass alone, and cut what has grown since.
+    "fp8_amax_history_len": 1024,
+    "fp8_amax_compute_algo": "max",
+    # The first layer errs most in FP8, the last no more than any: docs/numerics.md.
+    **SPARED_LAYERS,
 }
 """Where MMAR's backbone (Llama- and Qwen-like) differs from megatron-core's defaults. Any may be overridden."""
 
@@ -410,8 +416,10 @@ def _derived_backbone_fields(cfg: Namespace) -> dict[str, tuple[Any, str]]:
     derived |= dict.fromkeys(("params_dtype", "pipeline_dtype"), (dtype, "precision.dtype"))
     derived["bf16"] = (dtype is torch.bfloat16, "precision.dtype")
     fp8 = cfg.precision.fp8
-    # `hybrid`: weights and activations have more bits of mantissa, gradients more of exponent.
-    derived["fp8"] = (None if fp8 == "off" else "hybrid", "precision.fp8")
+    # `hybrid`: weights and activations have more bits of mantissa, gradients more of exponent, which a block does not need.
+    derived["fp8"] = ({"off": None, "blockwise": "e4m3"}.get(fp8, "hybrid"), "precision.fp8")
+    # Which layers are kept in bf16 is for the counts to say. Transformer Engine's delayed scaling is for all layers.
+    derived["first_last_layers_bf16"] = (fp8 in ("tensorwise", "blockwise"), "precision.fp8")
     derived["fp8_recipe"] = (_backbone_defaults()["fp8_recipe"] if fp8 == "off" else fp8, "precision.fp8")
     # Losses are sums that the training step divides once by the global counts; megatron-core must not divide by anything.
     derived["calculate_per_token_loss"] = (True, "the training step")
@@ -464,10 +472,12 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
     """
     parser = build_parser()
     # DeepSpeed's launcher puts it there; it is in the environment too.
-    cfg = parser.parse_args([word for word in argv if not word.startswith("--local_rank=")])
+    words = [word for word in argv if not word.startswith("--local_rank=")]
+    cfg = parser.parse_args(words)
     dry_run = cfg.pop("dry_run")
     cfg.pop("config")
     validate(cfg)
+    _check_spared_layers(cfg, given=parser.parse_args(words, defaults=False))
     resolved = _to_yaml(parser, cfg)
     for name, (value, source) in _derived_backbone_fields(cfg).items():
         given = cfg.model.backbone[name]
@@ -476,6 +486,15 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
         cfg.model.backbone[name] = value
     config = parser.instantiate(cfg)
     return CommandLine(config=Config(**{f.name: config[f.name] for f in fields(Config)}), yaml=resolved, dry_run=dry_run)
+
+
+def _check_spared_layers(cfg: Namespace, *, given: Namespace) -> None:
+    """That a `false` was given, and is not the default, shows in what was given alone."""
+    if cfg.precision.fp8 in ("tensorwise", "blockwise") and given.get("model.backbone.first_last_layers_bf16") is False:
+        raise ValueError(
+            "model.backbone.first_last_layers_bf16 is False, but precision.fp8 makes it True: leave out the former, and to spare "
+            "no layer set model.backbone.num_layers_at_start_in_bf16 0."
+        )
 
 
 def _backbone_defaults() -> dict[str, Any]:

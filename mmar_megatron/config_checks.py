@@ -57,6 +57,8 @@ OTHER_SPLITS = (
 )
 """Fields of megatron-core's that say what `parallel.pipeline_split` says too."""
 
+SPARED_LAYERS = {"num_layers_at_start_in_bf16": 1, "num_layers_at_end_in_bf16": 0}
+"""Layers of the backbone that stay in bf16 under FP8, unless something else is asked for."""
 FP8_MULTIPLE = 16
 """Of both sides of each matrix, which Transformer Engine's FP8 kernels ask for."""
 FP8_BLOCK = 128
@@ -243,8 +245,26 @@ def _check_precision(cfg: Namespace) -> None:
         fp8 != "delayed" or not backbone.first_last_layers_bf16,
         "precision.fp8 delayed is for all layers: leave out model.backbone.first_last_layers_bf16, or set fp8 tensorwise.",
     )
+    _check_spared_layers(cfg)
     misfit = fp8_misfit(cfg)
     _require(misfit is None, misfit or "")
+
+
+def _check_spared_layers(cfg: Namespace) -> None:
+    backbone, stages = cfg.model.backbone, cfg.parallel.pipeline_model_parallel_size
+    most = backbone.num_layers // stages
+    for option, default in SPARED_LAYERS.items():
+        count = backbone[option]
+        _require(
+            cfg.precision.fp8 != "delayed" or count == default,
+            f"precision.fp8 delayed is for all layers: leave out model.backbone.{option}, or set fp8 tensorwise.",
+        )
+        # megatron-core compares with an even split, whatever the split is.
+        _require(
+            0 <= count <= most,
+            f"model.backbone.{option} {count} must be 0 to {most}, as megatron-core takes no more than {backbone.num_layers} "
+            f"layers over {stages} pipeline stages are: change it.",
+        )
 
 
 def fp8_misfit(cfg: Namespace | Config) -> str | None:

@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from mmar_megatron import parallel, platform
-from mmar_megatron.config import Config, parse_command_line
+from mmar_megatron import parallel
 from mmar_megatron.data.held_out import HeldOut
 from mmar_megatron.data.shards import Sample
 from mmar_megatron.data.source import DataSource
@@ -31,8 +30,8 @@ from mmar_megatron.inference.images import paint
 from mmar_megatron.inference.text import caption
 from mmar_megatron.parallel import ParallelGroups
 from mmar_megatron.training import checkpoint, manifest
-from mmar_megatron.training.building import build_engine, open_source
 from mmar_megatron.training.metrics import read_metrics
+from mmar_megatron.training.reopening import reopen
 
 SHEET_IMAGES = 16
 
@@ -53,11 +52,11 @@ def main(argv: list[str]) -> int:
         validated = [row for row in read_metrics(options.run_dir) if "val_loss_text" in row]
         if not validated:
             raise ValueError(f"{options.run_dir}/metrics.jsonl has no validated step: train with --validation.every above 0.")
-        config = _one_process(path / "config.yaml")
-        engine, source, groups = _load(config, path, average=options.average)
+        run = reopen(path, average=options.average)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
+    engine, source, groups = run.engine, run.source, run.groups
     data_set = source.validation_set.index.made_by["source"]
     step = manifest.read(path)["step"]
     scores = loss_scores(validated[-1])
@@ -100,32 +99,6 @@ def _paint(
         title=title,
     )
     return scores
-
-
-def _one_process(config_yaml: Path) -> Config:
-    """The run's configuration, in the layout of one process, as any machine can compute it."""
-    layout = [
-        *("--parallel.tensor_model_parallel_size", "1", "--parallel.pipeline_model_parallel_size", "1"),
-        *("--parallel.virtual_pipeline_model_parallel_size", "null", "--parallel.sequence_parallel", "false"),
-        *("--parallel.pipeline_split", "even", "--model.backbone.pipeline_model_parallel_layout", "null"),
-        *("--model.backbone.num_layers_in_first_pipeline_stage", "null"),
-        *("--model.backbone.num_layers_in_last_pipeline_stage", "null"),
-        *("--engine", "native", "--model.backbone.account_for_embedding_in_pipeline_split", "false"),
-        *("--model.backbone.account_for_loss_in_pipeline_split", "false", "--model.attention", "dense"),
-        *("--model.backbone.transformer_impl", "local", "--precision.fp8", "off"),
-        *("--model.backbone.first_last_layers_bf16", "false"),
-    ]
-    return parse_command_line(["--config", str(config_yaml), *layout]).config
-
-
-def _load(config: Config, path: Path, *, average: bool) -> tuple[Engine, DataSource, ParallelGroups]:
-    groups = parallel.initialize(config.parallel)
-    platform.seed_everything(config.seed, tensor_rank=0)
-    source = open_source(config)
-    checkpoint.check_fingerprints(path, source.fingerprints)
-    engine = build_engine(config, source=source, groups=groups)
-    checkpoint.load_weights(engine, path, average=average)
-    return engine, source, groups
 
 
 def _held_out(source: DataSource, count: int, *, one_object: bool) -> list[Sample]:

@@ -1,15 +1,19 @@
 """Measures how much a low-precision network output disturbs a sampling step, for each thing the network may predict.
 
     python tools/numerics.py --out runs/numerics
+    python tools/numerics.py model --run_dir RUN_DIR --out runs/numerics   what FP8 does to a trained model; see its --help
+    python tools/numerics.py train --config FILE ...                       trains as with FP8, emulated; see its --help
 
-Prints a table and writes numerics.json (every step), numerics.md (the table) and numerics.png (closed form and measurement).
-The theory is in docs/numerics.md and in the docstring of mmar_megatron/diffusion/numerics.py. Takes a few seconds on a CPU.
+The first prints a table and writes numerics.json (every step), numerics.md (the table) and numerics.png (closed form and
+measurement). The theory is in docs/numerics.md and in the docstring of mmar_megatron/diffusion/numerics.py. It takes a few
+seconds on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -18,6 +22,11 @@ import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 
+from mmar_megatron import parallel
+from mmar_megatron.benchmarks.fp8_effect import RECIPES, measure_effect
+from mmar_megatron.benchmarks.fp8_report import effect_table
+from mmar_megatron.benchmarks.fp8_training import train_emulated
+from mmar_megatron.data.index import BadDataError
 from mmar_megatron.diffusion import NoiseSchedule, ScheduleName
 from mmar_megatron.diffusion.numerics import (
     DTYPES,
@@ -29,6 +38,9 @@ from mmar_megatron.diffusion.numerics import (
     root_sum_of_squares,
     step_errors,
 )
+from mmar_megatron.training.guard import TooManyBadSteps
+from mmar_megatron.training.saving import SaveError
+from mmar_megatron.training.watchdog import RanksLost
 
 matplotlib.use("agg")
 
@@ -53,7 +65,7 @@ class Report:
     """By number format, then by target."""
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the three files go; made if missing")
@@ -71,7 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--samples", type=int, default=65536, metavar="N", help="tokens measured at each step (default: 65536)")
     parser.add_argument("--seed", type=int, default=0, help="of the tokens and their noise (default: 0)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if unknown := set(arguments.dtype.split(",")) - DTYPES.keys():
         parser.error(f"unknown number format {', '.join(sorted(unknown))}: choose from {', '.join(DTYPES)}")
     return arguments
@@ -289,9 +301,99 @@ def _finish(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def main() -> None:
+TRAIN_HELP = """usage: numerics.py train --config FILE [--section.key VALUE ...]
+
+Trains as pretrain_mmar.py does with the same options, on any machine, with the FP8 that precision.fp8 asks for emulated: the
+operands of the matrix products in the backbone's layers are rounded to the same values, and all sums are in fp32. It is for
+loss curves where there is no GPU with FP8, and saves no time. One process; `fp8_emulation.json` in the run directory says
+what was emulated.
+
+    python tools/numerics.py train --config examples/configs/tiny.yaml --precision.dtype bf16 \\
+        --model.backbone.transformer_impl transformer_engine --precision.fp8 tensorwise --run_dir runs/tensorwise
+"""
+
+
+def train(options: list[str]) -> None:
+    """The subcommand of that name."""
+    if not options or {"-h", "--help"} & set(options):
+        print(TRAIN_HELP)
+        return
+    try:
+        train_emulated(options)
+    except (ValueError, OSError, BadDataError, SaveError, TooManyBadSteps, RanksLost) as error:
+        sys.exit(f"numerics.py: {error}")
+
+
+MODEL_HELP = """What bf16 and FP8 do to a trained model, beside fp32 with the same weights and held-out batches.
+
+    python tools/numerics.py model --run_dir runs/quickstart --out runs/numerics
+
+FP8 is emulated in the matrix products of the backbone's layers: operands are rounded to the same values as by Transformer Engine,
+and all sums are in fp32, so that any machine will do. Prints a table and writes it as OUT/fp8.md, and OUT/fp8.json:
+
+  z error, v error    of the head's condition and of its prediction, relative to their root mean square
+  image, text loss    held-out, and their change
+  gradient            cosine to that of fp32, and error relative to its norm
+"""
+
+
+def model(argv: list[str]) -> None:
+    """The subcommand of that name."""
+    parser = argparse.ArgumentParser(
+        prog="numerics.py model", description=MODEL_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run_dir", required=True, type=Path, help="of a run of pretrain_mmar.py, or one of its checkpoints")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the two files go; made if missing")
+    parser.add_argument("--fp8", nargs="+", choices=tuple(RECIPES), default=tuple(RECIPES), help="recipes (default: all)")
+    parser.add_argument(
+        "--layers_in_bf16",
+        nargs="+",
+        default=["none", "ends"],
+        metavar="LAYERS",
+        help="spared from FP8: none, ends (the first and the last), or numbers from 0 such as 0,3 (default: none ends)",
+    )
+    parser.add_argument("--samples", type=int, default=240, help="held-out samples, each for both tasks (default 240)")
+    parser.add_argument(
+        "--warmup", type=int, default=16, help="passes over training data before delayed scaling is measured (default 16)"
+    )
+    parser.add_argument("--average", action="store_true", help="take the moving average of the weights in their place")
+    options = parser.parse_args(argv)
+    if options.samples < 1 or options.warmup < 1:
+        parser.error("--samples and --warmup must be 1 or more")
+    try:
+        found = measure_effect(
+            options.run_dir,
+            recipes=options.fp8,
+            layers_in_bf16=options.layers_in_bf16,
+            samples=options.samples,
+            warmup=options.warmup,
+            average=options.average,
+        )
+    except (ValueError, OSError) as error:
+        sys.exit(f"numerics.py: {error}")
+    table = effect_table(found)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "fp8.md").write_text(table)
+    (options.out / "fp8.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    print(table)
+    print(f"Written: {options.out}/fp8.json, fp8.md")
+    parallel.leave()
+
+
+def main(argv: list[str]) -> None:
+    """One of the three."""
+    match argv:
+        case ["model", *options]:
+            model(options)
+        case ["train", *options]:
+            train(options)
+        case _:
+            sampling_step(argv)
+
+
+def sampling_step(argv: list[str]) -> None:
     """Measures, prints the table, writes the three files."""
-    arguments = parse_arguments()
+    arguments = parse_arguments(argv)
     try:
         report = measure(arguments)
     except ValueError as error:
@@ -306,4 +408,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

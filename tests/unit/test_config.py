@@ -11,13 +11,14 @@ from typing import Any, get_type_hints
 import pytest
 import torch
 import yaml
+from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mmar_megatron import config as configuration
 from mmar_megatron.config import Config, DiffusionConfig, RotaryScalingConfig, parse_command_line
 from mmar_megatron.diffusion import ParameterizationName, SamplerKind, ScheduleName
 from mmar_megatron.model.rotary import RotaryScaling
-from tests.unit.command_line import INTERLEAVED, PP2, TP2, parse, share_parser
+from tests.unit.command_line import FP8, INTERLEAVED, PP2, TP2, parse, share_parser
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -99,6 +100,28 @@ def test_what_follows_from_other_sections() -> None:
     assert (interleaved.virtual_pipeline_model_parallel_size, interleaved.overlap_p2p_comm) == (2, True)
     assert not interleaved.batch_p2p_comm
     assert interleaved.params_dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "formats", "spared"),
+    [
+        ("off", [], None, None),
+        ("tensorwise", [], "hybrid", (1, 0)),
+        ("delayed", [], "hybrid", None),
+        ("blockwise", [], "e4m3", (1, 0)),
+        ("blockwise", ["--model.backbone.num_layers_at_start_in_bf16=0"], "e4m3", (0, 0)),
+        ("tensorwise", ["--model.backbone.num_layers_at_end_in_bf16=1"], "hybrid", (1, 1)),
+    ],
+)
+def test_what_follows_from_fp8(recipe: str, options: list[str], formats: str | None, spared: tuple[int, int] | None) -> None:
+    """Which formats, and which layers are in bf16; as megatron-core asks it, not of delayed scaling."""
+    backbone = parse(*FP8, f"--precision.fp8={recipe}", *options).config.model.backbone
+    assert (backbone.fp8, backbone.first_last_layers_bf16) == (formats, spared is not None)
+    assert backbone.fp8_recipe == ("delayed" if recipe == "off" else recipe)
+    assert (backbone.fp8_amax_history_len, backbone.fp8_amax_compute_algo) == (1024, "max")
+    start, end = spared or (0, 0)
+    kept = [is_first_last_bf16_layer(backbone, number) for number in range(4)]
+    assert kept == [number < start or number >= 4 - end for number in range(4)]
 
 
 @pytest.mark.parametrize(

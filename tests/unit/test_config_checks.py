@@ -83,6 +83,22 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         [*FP8, "--precision.fp8=delayed", "--model.backbone.first_last_layers_bf16=true"],
         r"leave out model\.backbone\.first_last_layers_bf16, or set fp8 tensorwise",
     ),
+    "no bf16 layers": (
+        [*FP8, "--precision.fp8=tensorwise", "--model.backbone.first_last_layers_bf16=false"],
+        r"is False, but precision\.fp8 makes it True: .* set model\.backbone\.num_layers_at_start_in_bf16 0",
+    ),
+    "some bf16 layers under delayed scaling": (
+        [*FP8, "--precision.fp8=delayed", "--model.backbone.num_layers_at_end_in_bf16=1"],
+        r"leave out model\.backbone\.num_layers_at_end_in_bf16, or set fp8 tensorwise",
+    ),
+    "more bf16 layers than a stage has": (
+        [*FP8, *PP2, "--precision.fp8=blockwise", "--model.backbone.num_layers_at_start_in_bf16=3"],
+        r"num_layers_at_start_in_bf16 3 must be 0 to 2, .* 4 layers over 2 pipeline stages are: change it",
+    ),
+    "fewer than no bf16 layers": (
+        [*FP8, "--precision.fp8=blockwise", "--model.backbone.num_layers_at_end_in_bf16=-1"],
+        r"num_layers_at_end_in_bf16 -1 must be 0 to 4",
+    ),
     "FP8 by another name": (
         [*FP8, "--model.backbone.fp8=e4m3"],
         r"model\.backbone\.fp8 is e4m3, but precision\.fp8 makes it None: leave out the former",
@@ -344,6 +360,8 @@ def test_sizes_of_the_backbone_must_be_given(name: str) -> None:
         [*FP8, "--precision.fp8=delayed", *SP, "--data.sequence_length=80"],
         [*FP8, "--precision.fp8=blockwise", *SP, "--data.sequence_length=128", "--model.backbone.hidden_size=128"],
         [*FP8, "--precision.fp8=tensorwise", "--model.backbone.first_last_layers_bf16=true"],
+        [*FP8, *PP2, "--precision.fp8=tensorwise", "--model.backbone.num_layers_at_start_in_bf16=2"],
+        [*FP8, "--precision.fp8=delayed", "--model.backbone.num_layers_at_start_in_bf16=1"],
         ["--train.profile=8:8", "--train.steps=8"],
     ],
 )

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from mmar_megatron.config_checks import validate_machine
+from mmar_megatron.training.reopening import one_process
 from tests.unit.command_line import FP8, INTERLEAVED, PP2, TP2, parse
-from tools.evaluate import _one_process
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ from tools.evaluate import _one_process
 )
 def test_layout_is_undone(options: list[str], tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(parse(*options).yaml)
-    config = _one_process(tmp_path / "config.yaml")
+    config = one_process(tmp_path / "config.yaml")
     layout, backbone = config.parallel, config.model.backbone
     assert (layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.pipeline_split) == (1, 1, "even")
     assert (backbone.pipeline_model_parallel_layout, backbone.num_layers_in_first_pipeline_stage) == (None, None)
