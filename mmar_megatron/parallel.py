@@ -150,20 +150,12 @@ def _host_group(*, timeout: timedelta) -> ProcessGroup:
 
 
 def destroy() -> None:
-    """Close the layout's groups; the job's own group stays, so that another layout can be built.
-
-    megatron-core forgets most of its groups without closing them, and each of gloo's has three threads, of which one wakes up a
-    hundred times a second.
-    """
-    torch.distributed.barrier()  # a group must not be closed while another process still reads from it
-    for group in parallel_state._global_process_group_list or ():
-        if group is not None:  # the job's own
-            torch.distributed.destroy_process_group(group)
+    """Forget the layout's groups; the job's own group stays, so that another layout can be built."""
     parallel_state.destroy_model_parallel()
 
 
 def leave() -> None:
     """Leave the job. Without it, gloo's threads of a finished process can abort the others."""
-    parallel_state.destroy_model_parallel()
+    destroy()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mmar_megatron import platform
 from mmar_megatron.benchmarks.fp8_emulation import E4M3, Emulation, Fp8Recipe, emulating
 from mmar_megatron.config import Config, ModelConfig
-from mmar_megatron.data.batch import Batch
+from mmar_megatron.data.batch import LEARNED, Batch
 from mmar_megatron.data.held_out import HeldOut, ValidationLoader
 from mmar_megatron.data.source import DataSource
 from mmar_megatron.engine.base import Counts
@@ -164,8 +164,9 @@ def joined(first: Batch, second: Batch) -> Batch:
     positions = first.tokens_BS.numel()
     placed_MN = torch.where(second.image_positions_MN < 0, -1, second.image_positions_MN + positions)
     second = replace(second, image_positions_MN=placed_MN)
-    pairs = {f.name: (getattr(first, f.name), getattr(second, f.name)) for f in fields(Batch)}
-    return Batch(**{name: torch.cat(pair) for name, pair in pairs.items() if pair[0] is not None})
+    pairs = {f.name: (getattr(first, f.name), getattr(second, f.name)) for f in fields(Batch) if f.name not in LEARNED}
+    both = {name: torch.cat(pair) for name, pair in pairs.items() if isinstance(pair[0], Tensor)}
+    return Batch.of(causal=first.causal and second.causal, **both)
 
 
 def training_batches(config: Config, source: DataSource, groups: ParallelGroups, *, count: int) -> list[Batch]:

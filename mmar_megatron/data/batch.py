@@ -16,6 +16,8 @@ from torch import Tensor
 
 IGNORE = -100
 """Label of a position whose next token is not to be learned."""
+LEARNED = ("labelled_L", "masked_P", "aligned_V")
+"""Names of what a batch says of labels and masks in the form that the losses need."""
 
 
 @dataclass(kw_only=True)
@@ -133,8 +135,8 @@ def _learned(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     assert masked_MN is not None
     assert visible_MN is not None
     aligned_MN = visible_MN if tensors.get("teacher_MNF") is not None else torch.zeros_like(visible_MN)
-    chosen = {"labelled_L": (labels_BS != IGNORE).t(), "masked_P": masked_MN, "aligned_V": aligned_MN}
-    return {name: where.flatten().nonzero().squeeze(1) for name, where in chosen.items()}
+    chosen = ((labels_BS != IGNORE).t(), masked_MN, aligned_MN)
+    return {name: where.flatten().nonzero().squeeze(1) for name, where in zip(LEARNED, chosen, strict=True)}
 
 
 def _separate(together: Tensor, parts: list[tuple[str, torch.dtype, torch.Size]], causal: bool) -> Batch:

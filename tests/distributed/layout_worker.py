@@ -8,7 +8,6 @@ one that begins with "dense" has a mask for texts alone, too.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -41,42 +40,44 @@ SAMPLINGS = (
 def main() -> None:
     """Layout after layout in the same processes."""
     data, directory, steps, layouts = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
-    threads: list[int] = []
     for name, options in layouts.items():
-        noted: list[bool] = []
-
-        def noting(batch: Batch, noted: list[bool] = noted) -> Batch:
-            noted.append(batch.causal)
-            return batch
-
-        line = command(*options, data=data)
-        engine, loader, groups = build(line)
-        stir(engine)
-        batch = line.config.train
-        microbatches = batch.global_batch_size // (batch.micro_batch_size * groups.data.size())
-        changes = {"unpacked": one_document_a_row, "dense": with_a_mask}
-        batches: Iterator[Batch] = map(changes.get(name.split()[0], noting), loader)
-        with keeping_gradients(engine, groups=groups) as gradients:
-            results = train(engine, batches, steps=1, microbatches=microbatches)
-        results += train(engine, batches, steps=steps - 1, microbatches=microbatches)
-        figures = [means(result) for result in results]
-        made: dict[str, Any] = {"rows": loader.state.row, "documents": loader.state.documents, "causal": noted}
-        with engine.evaluating():
-            figures.append(means(engine.evaluate(list(islice(batches, microbatches)))))
-            painted = [paint(engine, CAPTIONS, source=loader.source, groups=groups, sampling=sampling) for sampling in SAMPLINGS]
-            made["read"] = caption(engine, list(painted[0]), source=loader.source, groups=groups, max_tokens=6)
-            made["painted"] = np.concatenate(painted).flatten().tolist()
-            if groups.pipeline.size() == 1 and engine.last_stage is not None:
-                with torch.enable_grad():
-                    made["head_flops"] = head_flops(engine.last_stage, tokenizer=loader.source.tokenizer, groups=groups)
-        if torch.distributed.get_rank() == 0:
-            torch.save(gradients, directory / f"{name}.pt")
-            made["parameters"] = sum(p.numel() for chunk in engine.chunks for p in chunk.parameters())
-            print(json.dumps({name: {"figures": figures, **made}}), flush=True)
+        run_layout(name, options, data=data, directory=directory, steps=steps)
         parallel.destroy()
-        threads.append(len(os.listdir("/proc/self/task")))
     parallel.leave()
-    assert max(threads) < 1.5 * threads[0], f"groups of layouts that are gone keep threads: {threads}"
+
+
+def run_layout(name: str, options: list[str], *, data: str, directory: Path, steps: int) -> None:
+    """One of them."""
+    noted: list[bool] = []
+
+    def noting(batch: Batch) -> Batch:
+        noted.append(batch.causal)
+        return batch
+
+    line = command(*options, data=data)
+    engine, loader, groups = build(line)
+    stir(engine)
+    batch = line.config.train
+    microbatches = batch.global_batch_size // (batch.micro_batch_size * groups.data.size())
+    changes = {"unpacked": one_document_a_row, "dense": with_a_mask}
+    batches: Iterator[Batch] = map(changes.get(name.split()[0], noting), loader)
+    with keeping_gradients(engine, groups=groups) as gradients:
+        results = train(engine, batches, steps=1, microbatches=microbatches)
+    results += train(engine, batches, steps=steps - 1, microbatches=microbatches)
+    figures = [means(result) for result in results]
+    made: dict[str, Any] = {"rows": loader.state.row, "documents": loader.state.documents, "causal": noted}
+    with engine.evaluating():
+        figures.append(means(engine.evaluate(list(islice(batches, microbatches)))))
+        painted = [paint(engine, CAPTIONS, source=loader.source, groups=groups, sampling=sampling) for sampling in SAMPLINGS]
+        made["read"] = caption(engine, list(painted[0]), source=loader.source, groups=groups, max_tokens=6)
+        made["painted"] = np.concatenate(painted).flatten().tolist()
+        if groups.pipeline.size() == 1 and engine.last_stage is not None:
+            with torch.enable_grad():
+                made["head_flops"] = head_flops(engine.last_stage, tokenizer=loader.source.tokenizer, groups=groups)
+    if torch.distributed.get_rank() == 0:
+        torch.save(gradients, directory / f"{name}.pt")
+        made["parameters"] = sum(p.numel() for chunk in engine.chunks for p in chunk.parameters())
+        print(json.dumps({name: {"figures": figures, **made}}), flush=True)
 
 
 def with_a_mask(batch: Batch) -> Batch:
