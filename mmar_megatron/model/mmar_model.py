@@ -235,16 +235,11 @@ class MMARModel(LanguageModule):
 
     def losses(self, h_SBD: Tensor, *, batch: Batch, rows: RowsToLearn) -> LossSums:
         """From the final hidden states, of these rows alone. Last stage only."""
-        sequences = h_SBD.shape[1]
         h_TD = rearrange(h_SBD, "s b d -> (s b) d")
-        labels_T = rearrange(batch.labels_BS, "b s -> (s b)")
-        text = self.text_errors(h_TD[rows.labelled], labels_L=labels_T[rows.labelled]).sum()
-        position_MN = batch.image_positions_MN
-        row_MN = position_MN % batch.tokens_BS.shape[1] * sequences + position_MN // batch.tokens_BS.shape[1]
         return LossSums(
-            text=text,
-            **self._image_loss(h_TD[row_MN.flatten()[rows.masked]], batch=batch, masked=rows.masked),
-            alignment=self._alignment_loss(h_TD[row_MN.flatten()[rows.visible]], batch=batch, visible=rows.visible),
+            text=self.text_loss(h_TD, batch=batch, labelled=rows.labelled),
+            **self.image_loss(h_TD, batch=batch, masked=rows.masked),
+            alignment=self.alignment_loss(h_TD, batch=batch, visible=rows.visible),
         )
 
     def _own_share(self, chosen_MN: Tensor) -> Tensor:
@@ -277,8 +272,14 @@ class MMARModel(LanguageModule):
             parameterization=self.parameterization,
         )
 
-    def _image_loss(self, h_KD: Tensor, *, batch: Batch, masked: Tensor) -> dict[str, Tensor]:
-        loss_KR, zero_KR = self.image_errors(h_KD, batch=batch, tokens_K=masked)
+    def text_loss(self, h_TD: Tensor, *, batch: Batch, labelled: Tensor) -> Tensor:
+        """Of `losses`: `LossSums.text`, of the labelled rows [L] of all hidden states [T, D]. Last stage only, as those below."""
+        labels_T = rearrange(batch.labels_BS, "b s -> (s b)")
+        return self.text_errors(h_TD[labelled], labels_L=labels_T[labelled]).sum()
+
+    def image_loss(self, h_TD: Tensor, *, batch: Batch, masked: Tensor) -> dict[str, Tensor]:
+        """Of `losses`: what `LossSums` has of the masked tokens [K], indices into (M N)."""
+        loss_KR, zero_KR = self.image_errors(h_TD[_image_rows(batch)[masked]], batch=batch, tokens_K=masked)
         u_KR = rearrange(batch.timesteps_MNR, "m n r -> (m n) r")[masked]
         loss_K = loss_KR.mean(dim=1)
         by_timestep, rows_by_timestep = bucketed(loss_KR.detach().flatten(), u_KR.flatten())
@@ -293,12 +294,13 @@ class MMARModel(LanguageModule):
             "count_by_mask_ratio": rows_by_mask_ratio,
         }
 
-    def _alignment_loss(self, h_KD: Tensor, *, batch: Batch, visible: Tensor) -> Tensor:
+    def alignment_loss(self, h_TD: Tensor, *, batch: Batch, visible: Tensor) -> Tensor:
+        """Of `losses`: `LossSums.alignment`, of the visible tokens [K], indices into (M N)."""
         if self.settings.alignment_loss_weight == 0:
-            return torch.zeros((), device=h_KD.device)
+            return torch.zeros((), device=h_TD.device)
         if batch.teacher_MNF is None:
             raise ValueError("model.alignment_loss_weight is not 0, but the data holds no teacher features: set it to 0.")
-        projected_KF = self.alignment_projector(h_KD).float()
+        projected_KF = self.alignment_projector(h_TD[_image_rows(batch)[visible]]).float()
         teacher_KF = rearrange(batch.teacher_MNF, "m n f -> (m n) f")[visible]
         return (1 - F.cosine_similarity(projected_KF, teacher_KF, dim=-1)).sum()
 
@@ -338,6 +340,13 @@ def _allowed(batch: Batch, cache: KeyValueCache | None) -> Tensor:
     if cache is None or cache.valid_BT is None:
         return allowed_BSS
     return torch.cat((kept_allowed(cache.valid_BT, document_ids_BS=batch.document_ids_BS), allowed_BSS), dim=2)
+
+
+def _image_rows(batch: Batch) -> Tensor:
+    """Rows of hidden states as (S B) in which image tokens stand, int64 [(M N)]."""
+    sequences, positions = batch.tokens_BS.shape
+    places = batch.image_positions_MN.flatten()  # in (B S)
+    return places % positions * sequences + places // positions
 
 
 def padded_vocab_size(config: ModelConfig, vocab_size: int) -> int:

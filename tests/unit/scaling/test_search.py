@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 import pytest
@@ -12,11 +13,13 @@ from mmar_megatron.scaling.expected import RowMeans, expected_counts, expected_f
 from mmar_megatron.scaling.flops import StepFlops
 from mmar_megatron.scaling.footprint import Microbatch
 from mmar_megatron.scaling.forecast import RESERVE, Forecast, forecast
+from mmar_megatron.scaling.forecast_report import as_json, table
 from mmar_megatron.scaling.gpus import GPUS
 from mmar_megatron.scaling.layout import Layout
 from mmar_megatron.scaling.pieces import EACH_LAYER, Footprints
 from mmar_megatron.scaling.plan import plan
 from mmar_megatron.scaling.search import Found, options_of, search, variants
+from mmar_megatron.scaling.tables import size
 
 GEOMETRY = ImageGeometry(grid_height=4, grid_width=4, channels=12)
 VOCAB = 200
@@ -93,6 +96,26 @@ def test_models_of_the_stages_are_those_of_the_plan(options: list[str]) -> None:
     assert got.needed == RESERVE + max(stage.total for stage in got.stages)
     assert 0 < got.mfu.worst < got.mfu.best < 1
     assert 0 < got.step.best < got.step.worst
+
+
+@pytest.mark.parametrize("options", LAYOUTS, ids=" ".join)
+def test_columns_add_up(options: list[str]) -> None:
+    got = forecast_of(*options)
+    parts = ("weights", "gradients", "optimizer", "activations", "logits", "head_rows", "batches", "buffers")
+    for stage, shown in zip(got.stages, as_json(got)["stages"], strict=True):
+        assert sum(shown[part] for part in parts) == shown["together"] == stage.total
+        for name, activations in (("without_recompute", stage.without_recompute), ("with_recompute", stage.with_recompute)):
+            of_model = sum(shown[part] for part in ("weights", "gradients", "optimizer", "batches", "buffers"))
+            assert of_model + sum(shown[name][part] for part in ("activations", "logits", "head_rows")) == shown[name]["together"]
+            assert shown[name]["together"] == stage.total_of(activations)
+    last, others = got.stages[-1].activations, [stage.activations for stage in got.stages[:-1]]
+    assert last.logits > 0 or last.head_rows > 0
+    assert all((stage.logits, stage.head_rows) == (0, 0) for stage in others)
+    heading, *rows = table(got).splitlines()
+    names = [part.replace("_", " ") for part in ("in_flight", *parts, "together")]
+    assert re.split(r" {2,}", heading) == ["memory of a GPU", *names]
+    for stage, row in zip(got.stages, rows, strict=False):
+        assert row.endswith(f"  {size(stage.total)}")
 
 
 def test_time_is_work_over_what_is_reached_of_the_peak() -> None:
