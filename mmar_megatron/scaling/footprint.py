@@ -21,6 +21,7 @@ import torch
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -91,7 +92,9 @@ class Footprint:
     row_parallel: int
     """Those of them whose gradients are summed over the tensor-parallel ranks, which see different rows."""
     saved: Activations
-    """Kept from forward to backward, the piece's input included, and its output, but for the loss."""
+    """Kept from forward to backward, the piece's input included, but not its output."""
+    sent: int
+    """The output that goes to the next piece; 0 of the last one."""
     peak: Activations
     """What there is beside weights and the microbatch when it is most, in forward or backward; `saved` is within."""
     batch: int
@@ -105,10 +108,16 @@ class Footprint:
             parameters=self.parameters,
             row_parallel=self.row_parallel,
             saved=self.saved.times(microbatches),
+            sent=self.sent * microbatches,
             peak=self.peak.times(microbatches),
             batch=self.batch * microbatches,
             traffic={kind: sent * microbatches for kind, sent in self.traffic.items()},
         )
+
+    def keeping_output(self) -> Footprint:
+        """Where what is sent is kept until its gradient comes back."""
+        output = Activations(layers=self.sent)
+        return replace(self, saved=self.saved + output, peak=self.peak + output)
 
 
 def run_on_fake_tensors(
@@ -133,13 +142,15 @@ def run_on_fake_tensors(
                     out.register_hook(lambda gradient: watch.enter("layers"))
                     sums = model.losses(out, batch=batch, rows=rows)
                     out = sums.text + sums.image + sums.alignment
-            if not piece.last:
-                saved.note(out)  # megatron-core's schedules keep what they have sent until the gradient comes back
-            out.backward(torch.ones_like(out))
+            sent = 0 if piece.last else out.nbytes
+            edge, gradient = get_gradient_edge(out), partial(torch.ones, out.shape, dtype=out.dtype)
+            del out  # as sent: it is let go of before its gradient comes
+            torch.autograd.backward(edge, gradient())
         return Footprint(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             row_parallel=sum(p.numel() for p in model.parameters() if getattr(p, "sum_gradients_across_tp_domain", False)),
             saved=saved.bytes,
+            sent=sent,
             peak=watch.peak + Activations(layers=sum(tensor.nbytes for tensor in given)),
             batch=sum(tensor.nbytes for tensor in of_batch),
             traffic=dict(watch.sent),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
+from mmar_megatron.config import frees_sent_outputs
 from mmar_megatron.scaling.flops import StepFlops
 from mmar_megatron.scaling.footprint import Activations, Footprint
 from mmar_megatron.scaling.gpus import Gpu
@@ -122,7 +123,8 @@ def _chunks(layout: Layout, stage: int, *, footprints: Footprints, recompute: Re
     """Of a microbatch; recomputation is as configured, or another."""
     recompute = recompute or Recomputation.of(layout.config.model.backbone)
     sequences = layout.config.train.micro_batch_size
-    return [footprints.of(piece, recompute=recompute).times(sequences) for piece in layout.pieces(stage)]
+    found = [footprints.of(piece, recompute=recompute).times(sequences) for piece in layout.pieces(stage)]
+    return found if frees_sent_outputs(layout.config.parallel) else [chunk.keeping_output() for chunk in found]
 
 
 def _stage(layout: Layout, stage: int, *, footprints: Footprints, seconds: Range) -> StageForecast:

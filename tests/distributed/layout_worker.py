@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import torch
 from mmar_megatron import parallel
 from mmar_megatron.data.batch import Batch
 from mmar_megatron.diffusion.painting import ImageSampling
+from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.inference.images import paint
 from mmar_megatron.inference.text import caption
 from tests.distributed.common import build, command, means, one_document_a_row, train
@@ -35,6 +38,22 @@ SAMPLINGS = (
 )
 
 
+@contextmanager
+def noting_outputs(engine: NativeEngine) -> Iterator[list[int]]:
+    """Within, of each output that goes to another stage: bytes of it that are still there when its gradient comes."""
+    kept: list[int] = []
+
+    def note(module: Any, args: Any, out: Any) -> None:
+        if isinstance(out, torch.Tensor) and out.requires_grad:
+            storage = weakref.ref(out.untyped_storage())
+            out.register_hook(lambda gradient: kept.append(0 if (left := storage()) is None else left.nbytes()))
+
+    handles = [model.register_forward_hook(note) for model in engine.models]
+    yield kept
+    for handle in handles:
+        handle.remove()
+
+
 def main() -> None:
     """Layout after layout in the same processes."""
     data, directory, steps, layouts = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
@@ -46,11 +65,11 @@ def main() -> None:
         microbatches = batch.global_batch_size // (batch.micro_batch_size * groups.data.size())
         apart = name.startswith("unpacked")
         batches: Iterator[Batch] = map(one_document_a_row, loader) if apart else iter(loader)
-        with keeping_gradients(engine, groups=groups) as gradients:
+        with keeping_gradients(engine, groups=groups) as gradients, noting_outputs(engine) as kept:
             results = train(engine, batches, steps=1, microbatches=microbatches)
         results += train(engine, batches, steps=steps - 1, microbatches=microbatches)
         figures = [means(result) for result in results]
-        made: dict[str, Any] = {"rows": loader.state.row, "documents": loader.state.documents}
+        made: dict[str, Any] = {"rows": loader.state.row, "documents": loader.state.documents, "microbatches": microbatches}
         with engine.evaluating():
             figures.append(means(engine.evaluate(list(islice(batches, microbatches)))))
             painted = [paint(engine, CAPTIONS, source=loader.source, groups=groups, sampling=sampling) for sampling in SAMPLINGS]
@@ -59,8 +78,11 @@ def main() -> None:
             if groups.pipeline.size() == 1 and engine.last_stage is not None:
                 with torch.enable_grad():
                     made["head_flops"] = head_flops(engine.last_stage, tokenizer=loader.source.tokenizer, groups=groups)
+        kept_outputs: list[Any] = [None] * groups.world_size
+        torch.distributed.all_gather_object(kept_outputs, kept)
         if torch.distributed.get_rank() == 0:
             torch.save(gradients, directory / f"{name}.pt")
+            made["kept_outputs"] = kept_outputs
             made["parameters"] = sum(p.numel() for chunk in engine.chunks for p in chunk.parameters())
             print(json.dumps({name: {"figures": figures, **made}}), flush=True)
         parallel.destroy()

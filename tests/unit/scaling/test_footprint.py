@@ -61,7 +61,8 @@ def put_together(config: Config, piece: Piece) -> Footprint:
 def test_a_few_layers_tell_what_many_take(options: list[str], ends: tuple[bool, bool]) -> None:
     config, piece = config_of(*options), Piece(10, *ends)
     expected, got = whole(config, piece), put_together(config, piece)
-    assert (got.parameters, got.row_parallel, got.batch) == (expected.parameters, expected.row_parallel, expected.batch)
+    for exact in ("parameters", "row_parallel", "batch", "sent"):
+        assert getattr(got, exact) == getattr(expected, exact)
     assert {kind: sent for kind, sent in got.traffic.items() if sent} == {k: sent for k, sent in expected.traffic.items() if sent}
     for part in PARTS:
         assert getattr(got.saved, part) == pytest.approx(getattr(expected.saved, part), rel=0.001)
@@ -101,11 +102,15 @@ def test_all_layers_of_a_short_piece_are_recomputed(layers: int) -> None:
     assert got.peak.total == pytest.approx(expected.peak.total, rel=0.05)
 
 
-def test_what_is_sent_on_is_kept() -> None:
-    """Each of so many recomputed layers keeps its input, and the piece its output, beside what all layers share."""
+def test_what_is_sent_on_is_kept_by_the_interleaved_schedule_alone() -> None:
+    """Each of so many recomputed layers keeps its input, and there the piece its output, beside what all layers share."""
     config = config_of(f"{BACKBONE}granularity=full", f"{BACKBONE}method=uniform", f"{BACKBONE}num_layers=1")
     mask_and_angles = 2 * 512 * 512 * 2 + 512 * 2 * 32 * 4
-    assert whole(config, Piece(4, False, False)).saved.total == 5 * HIDDEN + mask_and_angles
+    middle, last = whole(config, Piece(4, False, False)), whole(config, Piece(4, False, True))
+    assert (middle.saved.total, middle.sent) == (4 * HIDDEN + mask_and_angles, HIDDEN)
+    kept = middle.keeping_output()
+    assert (kept.saved - middle.saved, kept.peak - middle.peak) == (Activations(layers=HIDDEN),) * 2
+    assert last.sent == 0 and last.keeping_output() == last
 
 
 def test_what_the_logits_keep() -> None:
@@ -169,6 +174,7 @@ def test_a_larger_microbatch_is_so_many_times_one() -> None:
     assert got.saved.total == pytest.approx(expected.saved.total, rel=0.01)
     assert got.peak.total == pytest.approx(expected.peak.total, rel=0.1)
     assert got.batch == pytest.approx(expected.batch, rel=0.01)
+    assert got.times(2).keeping_output().saved - got.times(2).saved == Activations(layers=got.sent * 2)
 
 
 def test_nothing_is_left_behind() -> None:

@@ -9,7 +9,7 @@ from mmar_megatron.scaling.pieces import in_flight, most_at_a_time
 
 
 def footprint(*, saved: Activations, peak: Activations) -> Footprint:
-    return Footprint(parameters=1, row_parallel=0, saved=saved, peak=peak, batch=0, traffic={})
+    return Footprint(parameters=1, row_parallel=0, saved=saved, sent=0, peak=peak, batch=0, traffic={})
 
 
 def layers(saved: int, peak: int) -> Footprint:

@@ -11,12 +11,12 @@ from mmar_megatron.config import Config, parse_command_line
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.scaling.expected import RowMeans, expected_counts, expected_flops
 from mmar_megatron.scaling.flops import StepFlops
-from mmar_megatron.scaling.footprint import Microbatch
+from mmar_megatron.scaling.footprint import Microbatch, Piece
 from mmar_megatron.scaling.forecast import RESERVE, Forecast, forecast
 from mmar_megatron.scaling.forecast_report import as_json, table
 from mmar_megatron.scaling.gpus import GPUS
 from mmar_megatron.scaling.layout import Layout
-from mmar_megatron.scaling.pieces import EACH_LAYER, Footprints
+from mmar_megatron.scaling.pieces import EACH_LAYER, NO_LAYER, Footprints, in_flight, most_at_a_time
 from mmar_megatron.scaling.plan import plan
 from mmar_megatron.scaling.search import Found, options_of, search, variants
 from mmar_megatron.scaling.tables import size
@@ -33,6 +33,8 @@ OPTIONS = [
     *("--data.sequence_length", "48", "--data.codec.patch_size", "8", "--data.tasks.image_only", "0.25"),
     *("--train.global_batch_size", "64", "--train.micro_batch_size", "2"),
 ]
+HIDDEN = 2 * 48 * 64 * 2
+"""Bytes of a microbatch's hidden states."""
 PARALLEL = "--parallel."
 LAYOUTS = [
     [],
@@ -155,6 +157,18 @@ def test_the_bubble_is_that_of_the_schedule() -> None:
     assert plain.layout.microbatches == 4
     assert plain.bubble.best == pytest.approx(1 / 5, abs=0.05)
     assert interleaved.bubble.best == pytest.approx(1 / 9, abs=0.05)
+
+
+def test_outputs_are_kept_by_the_interleaved_schedule_alone() -> None:
+    """Beside what it needs with that, as many as it has passes under way."""
+    for options, kept in ((LAYOUTS[2], 0), (LAYOUTS[4], HIDDEN)):
+        got = forecast_of(*options).stages[0]
+        chunks = len(got.layers)
+        footprints = footprints_of(1, sequence_parallel=False)
+        pieces = [footprints.of(Piece(n, k == 0, False), recompute=NO_LAYER).times(2) for k, n in enumerate(got.layers)]
+        schedule = {"stage": 0, "stages": 2, "microbatches": 4}
+        without = most_at_a_time(pieces, **schedule).total
+        assert got.activations.total == without + kept * in_flight(chunks, **schedule)
 
 
 def test_offloading_is_refused() -> None:
