@@ -16,14 +16,11 @@ from mmar_megatron import parallel, platform
 from mmar_megatron.config import CommandLine, Config, parse_command_line
 from mmar_megatron.config_checks import validate_world
 from mmar_megatron.data.index import BadDataError
-from mmar_megatron.data.prepare import ensure_data
-from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.parallel import ParallelGroups
-from mmar_megatron.scaling.expected import RowMeans
-from mmar_megatron.scaling.plan import plan
 from mmar_megatron.scaling.split import split_pipeline
-from mmar_megatron.training.building import build_engine, open_source
+from mmar_megatron.training.building import build_engine, open_data
 from mmar_megatron.training.guard import TooManyBadSteps
+from mmar_megatron.training.planning import plan_run
 from mmar_megatron.training.saving import SaveError
 from mmar_megatron.training.trainer import Trainer
 from mmar_megatron.training.watchdog import RanksLost, Watchdog
@@ -70,9 +67,7 @@ def build(command: CommandLine, *, groups: ParallelGroups, watchdog: Watchdog) -
     config = command.config
     platform.seed_everything(config.seed, tensor_rank=groups.tensor.rank())
 
-    with groups.main_process_first():
-        ensure_data(config.data)
-    source = open_source(config)
+    source = open_data(config, groups=groups)
     config = split_pipeline(config, source)
     engine = build_engine(config, source=source, groups=groups)
     return Trainer(command, engine=engine, source=source, groups=groups, watchdog=watchdog)
@@ -80,16 +75,8 @@ def build(command: CommandLine, *, groups: ParallelGroups, watchdog: Watchdog) -
 
 def print_plan(config: Config) -> None:
     """What the run would need: parameters and memory of each stage, operations of a step. Any layout, in one process."""
-    ensure_data(config.data)
-    source = open_source(config)
-    planned = plan(
-        split_pipeline(config, source),
-        geometry=ImageGeometry.of(source.codec),
-        vocab_size=source.tokenizer.vocab_size,
-        rows=RowMeans.of(source, seed=config.seed),
-        world_size=platform.world_size() if platform.launched() else None,
-    )
-    print(planned.table())
+    world_size = platform.world_size() if platform.launched() else None
+    print(plan_run(config, source=open_data(config), world_size=world_size).table())
 
 
 if __name__ == "__main__":

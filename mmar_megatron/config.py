@@ -396,6 +396,15 @@ BACKBONE_DEFAULTS: dict[str, Any] = {
 """Where MMAR's backbone (Llama- and Qwen-like) differs from megatron-core's defaults. Any may be overridden."""
 
 
+def frees_sent_outputs(parallel: ParallelConfig) -> bool:
+    """Whether a pipeline stage lets go of its output once it is sent, and does not wait for its gradient.
+
+    Not in the interleaved schedule: up to release 0.16 megatron-core would free there what is still on its way
+    (Megatron-LM pull request 4047).
+    """
+    return parallel.pipeline_model_parallel_size > 1 and parallel.virtual_pipeline_model_parallel_size is None
+
+
 def _derived_backbone_fields(cfg: Namespace) -> dict[str, tuple[Any, str]]:
     """Fields of the backbone that other sections decide: name -> (value, the option that decides it)."""
     parallel, dtype = cfg.parallel, {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.precision.dtype]
@@ -413,6 +422,8 @@ def _derived_backbone_fields(cfg: Namespace) -> dict[str, tuple[Any, str]]:
     # Overlap exists in the interleaved schedule alone; megatron-core refuses batched communication beside it.
     derived["overlap_p2p_comm"] = (interleaved and parallel.overlap_p2p_comm, "parallel.overlap_p2p_comm")
     derived["batch_p2p_comm"] = (not interleaved, "parallel.virtual_pipeline_model_parallel_size")
+    decides = "parallel.overlap_p2p_comm" if interleaved else "parallel.pipeline_model_parallel_size"
+    derived["deallocate_pipeline_outputs"] = (frees_sent_outputs(parallel), decides)
     derived |= dict.fromkeys(("params_dtype", "pipeline_dtype"), (dtype, "precision.dtype"))
     derived["bf16"] = (dtype is torch.bfloat16, "precision.dtype")
     fp8 = cfg.precision.fp8

@@ -19,7 +19,6 @@ from functools import partial
 
 from mmar_megatron.config import Config, parse_command_line
 from mmar_megatron.config_checks import OTHER_SPLITS
-from mmar_megatron.data.prepare import ensure_data
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.scaling.expected import FullestRow, RowMeans, expected_counts, expected_flops
 from mmar_megatron.scaling.footprint import Microbatch
@@ -28,10 +27,9 @@ from mmar_megatron.scaling.forecast_report import as_json, found_table, table
 from mmar_megatron.scaling.gpus import GPUS
 from mmar_megatron.scaling.layout import Layout
 from mmar_megatron.scaling.pieces import Footprints
-from mmar_megatron.scaling.plan import plan
 from mmar_megatron.scaling.search import search
-from mmar_megatron.scaling.split import split_pipeline
-from mmar_megatron.training.building import open_source
+from mmar_megatron.training.building import open_data
+from mmar_megatron.training.planning import plan_run
 
 
 def main(argv: list[str]) -> None:
@@ -48,8 +46,7 @@ def report(args: argparse.Namespace, config: Config) -> None:
     backbone = config.model.backbone
     if taken := next((name for name in OTHER_SPLITS if getattr(backbone, name)), None):
         raise ValueError(f"model.backbone.{taken} is not planned with: say the same by parallel.pipeline_split.")
-    ensure_data(config.data)
-    source = open_source(config)
+    source = open_data(config)
     geometry, vocab_size = ImageGeometry.of(source.codec), source.tokenizer.vocab_size
     tokens_per_image = geometry.grid_height * geometry.grid_width
     rows, fullest = RowMeans.of(source, seed=config.seed), FullestRow.of(source, seed=config.seed)
@@ -76,7 +73,7 @@ def report(args: argparse.Namespace, config: Config) -> None:
         )
         print(json.dumps([as_json(forecast) for forecast in found.fitting]) if args.json else found_table(found))
         return
-    planned = plan(split_pipeline(config, source), geometry=geometry, vocab_size=vocab_size, rows=rows, world_size=args.gpus)
+    planned = plan_run(config, source=source, world_size=args.gpus, rows=rows)
     footprints = Footprints(config, microbatch=row, geometry=geometry, vocab_size=vocab_size)
     layout = Layout.of(config, world_size=args.gpus, flops=flops)
     of_layout = forecast(layout, footprints=footprints, flops=flops, gpu=gpu)

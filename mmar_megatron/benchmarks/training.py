@@ -21,14 +21,13 @@ from mmar_megatron.benchmarks.timing import in_turn, median, ratio
 from mmar_megatron.config import CheckpointConfig, Config, parse_command_line
 from mmar_megatron.config_checks import validate_world
 from mmar_megatron.data.batch import Batch
-from mmar_megatron.data.prepare import ensure_data
 from mmar_megatron.data.source import DataSource
 from mmar_megatron.engine.base import Engine
 from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.parallel import ParallelGroups
 from mmar_megatron.scaling.split import split_pipeline
 from mmar_megatron.training import checkpoint
-from mmar_megatron.training.building import build_engine, build_loader, open_source
+from mmar_megatron.training.building import build_engine, build_loader, open_data
 from mmar_megatron.training.checkpoint import Progress
 from mmar_megatron.training.saving import CheckpointWriter
 
@@ -131,9 +130,7 @@ def prepare(config: Config) -> tuple[Config, DataSource, ParallelGroups]:
     validate_world(config, world_size=platform.world_size())
     groups = parallel.initialize(config.parallel)
     platform.seed_everything(config.seed, tensor_rank=groups.tensor.rank())
-    with groups.main_process_first():
-        ensure_data(config.data)
-    source = open_source(config)
+    source = open_data(config, groups=groups)
     return split_pipeline(config, source), source, groups
 
 

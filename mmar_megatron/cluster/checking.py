@@ -19,13 +19,9 @@ from mmar_megatron.cluster.together import clock_offsets, gather, storage_proble
 from mmar_megatron.config import Config
 from mmar_megatron.config_checks import validate_machine, validate_world
 from mmar_megatron.data.index import INDEX_NAME
-from mmar_megatron.data.prepare import ensure_data
-from mmar_megatron.model.image_geometry import ImageGeometry
-from mmar_megatron.scaling.expected import RowMeans
-from mmar_megatron.scaling.plan import plan
-from mmar_megatron.scaling.split import split_pipeline
-from mmar_megatron.training.building import open_source
+from mmar_megatron.training.building import open_data
 from mmar_megatron.training.checkpoint import under_final_names
+from mmar_megatron.training.planning import plan_run
 
 _TIMEOUT = timedelta(minutes=5)
 _MEGABYTES = {True: 256, False: 4}
@@ -160,15 +156,7 @@ def join() -> None:
 def checkpoint_size(config: Config) -> Size:
     """By the plan of the run; no process group may exist yet."""
     try:
-        ensure_data(config.data)
-        source = open_source(config)
-        planned = plan(
-            split_pipeline(config, source),
-            geometry=ImageGeometry.of(source.codec),
-            vocab_size=source.tokenizer.vocab_size,
-            rows=RowMeans.of(source, seed=config.seed),
-            world_size=platform.world_size(),
-        )
+        planned = plan_run(config, source=open_data(config), world_size=platform.world_size())
     except (ValueError, OSError) as failure:
         return Size(unknown=str(failure))
     of_each = _SAVED_BYTES[config.precision.dtype] + _AVERAGE_BYTES * (config.optimizer.ema_decay > 0)

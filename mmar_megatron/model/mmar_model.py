@@ -185,7 +185,7 @@ class MMARModel(LanguageModule):
         if not self.post_process:
             return h_SBD
         h_SBD = self._enter_heads(h_SBD)
-        return h_SBD if return_hidden else self._losses(h_SBD, batch=batch)
+        return h_SBD if return_hidden else self.losses(h_SBD, batch=batch)
 
     def _mask(self, batch: Batch, cache: KeyValueCache | None) -> dict[str, Any]:
         """The mask of all layers, as `MixedAttention` takes it: none where causal order says all."""
@@ -224,20 +224,15 @@ class MMARModel(LanguageModule):
             return gather_from_sequence_parallel_region(h_SBD, tensor_parallel_output_grad=True, group=self.groups.tensor)
         return copy_to_tensor_model_parallel_region(h_SBD, group=self.groups.tensor)
 
-    def _losses(self, h_SBD: Tensor, *, batch: Batch) -> LossSums:
-        """Only rows that have a loss reach the heads: on each tensor-parallel rank all labels, for the vocabulary is divided, and
-        its own share of the image tokens. Nothing here waits for the device."""
-        sequences = h_SBD.shape[1]
+    def losses(self, h_SBD: Tensor, *, batch: Batch) -> LossSums:
+        """From the final hidden states. Only rows that have a loss reach the heads: on each tensor-parallel rank all labels, for
+        the vocabulary is divided, and its own share of the image tokens. Nothing here waits for the device. Last stage only.
+        """
         h_TD = rearrange(h_SBD, "s b d -> (s b) d")
-        labels_T = rearrange(batch.labels_BS, "b s -> (s b)")
-        labelled_L, visible_K = batch.labelled_L, self._own_share(batch.aligned_V)
-        masked_K, learned_K = filled_up(self._own_share(batch.masked_P), multiple=self.settings.head.row_multiple)
-        position_I = batch.image_positions_MN.flatten()
-        row_I = position_I % batch.tokens_BS.shape[1] * sequences + position_I // batch.tokens_BS.shape[1]
         return LossSums(
-            text=self.text_errors(h_TD[labelled_L], labels_L=labels_T[labelled_L]).sum(),
-            **self._image_loss(h_TD[row_I[masked_K]], batch=batch, masked_K=masked_K, learned_K=learned_K),
-            alignment=self._alignment_loss(h_TD[row_I[visible_K]], batch=batch, visible_K=visible_K),
+            text=self.text_loss(h_TD, batch=batch),
+            **self.image_loss(h_TD, batch=batch),
+            alignment=self.alignment_loss(h_TD, batch=batch),
         )
 
     def _own_share(self, tokens: Tensor) -> Tensor:
@@ -272,8 +267,15 @@ class MMARModel(LanguageModule):
             parameterization=self.parameterization,
         )
 
-    def _image_loss(self, h_KD: Tensor, *, batch: Batch, masked_K: Tensor, learned_K: Tensor) -> dict[str, Tensor]:
-        loss_KR, zero_KR = self.image_errors(h_KD, batch=batch, tokens_K=masked_K)
+    def text_loss(self, h_TD: Tensor, *, batch: Batch) -> Tensor:
+        """Of `losses`: `LossSums.text`, from all hidden states [T, D]. Last stage only, as those below."""
+        labels_T = rearrange(batch.labels_BS, "b s -> (s b)")
+        return self.text_errors(h_TD[batch.labelled_L], labels_L=labels_T[batch.labelled_L]).sum()
+
+    def image_loss(self, h_TD: Tensor, *, batch: Batch) -> dict[str, Tensor]:
+        """Of `losses`: what `LossSums` has of the masked tokens of this rank."""
+        masked_K, learned_K = filled_up(self._own_share(batch.masked_P), multiple=self.settings.head.row_multiple)
+        loss_KR, zero_KR = self.image_errors(h_TD[_image_rows(batch)[masked_K]], batch=batch, tokens_K=masked_K)
         u_KR = rearrange(batch.timesteps_MNR, "m n r -> (m n) r")[masked_K]
         loss_K = loss_KR.mean(dim=1)
         learned_KR = learned_K[:, None].expand_as(u_KR)
@@ -289,12 +291,14 @@ class MMARModel(LanguageModule):
             "count_by_mask_ratio": rows_by_mask_ratio,
         }
 
-    def _alignment_loss(self, h_KD: Tensor, *, batch: Batch, visible_K: Tensor) -> Tensor:
+    def alignment_loss(self, h_TD: Tensor, *, batch: Batch) -> Tensor:
+        """Of `losses`: `LossSums.alignment`, of the visible tokens of this rank."""
         if self.settings.alignment_loss_weight == 0:
-            return torch.zeros((), device=h_KD.device)
+            return torch.zeros((), device=h_TD.device)
         if batch.teacher_MNF is None:
             raise ValueError("model.alignment_loss_weight is not 0, but the data holds no teacher features: set it to 0.")
-        projected_KF = self.alignment_projector(h_KD).float()
+        visible_K = self._own_share(batch.aligned_V)
+        projected_KF = self.alignment_projector(h_TD[_image_rows(batch)[visible_K]]).float()
         teacher_KF = rearrange(batch.teacher_MNF, "m n f -> (m n) f")[visible_K]
         return (1 - F.cosine_similarity(projected_KF, teacher_KF, dim=-1)).sum()
 
@@ -341,6 +345,13 @@ def _allowed(batch: Batch, cache: KeyValueCache | None) -> Tensor:
     if cache is None or cache.valid_BT is None:
         return allowed_BSS
     return torch.cat((kept_allowed(cache.valid_BT, document_ids_BS=batch.document_ids_BS), allowed_BSS), dim=2)
+
+
+def _image_rows(batch: Batch) -> Tensor:
+    """Rows of hidden states as (S B) in which image tokens stand, int64 [(M N)]."""
+    sequences, positions = batch.tokens_BS.shape
+    places = batch.image_positions_MN.flatten()  # in (B S)
+    return places % positions * sequences + places // positions
 
 
 def padded_vocab_size(config: ModelConfig, vocab_size: int) -> int:

@@ -21,6 +21,7 @@ import torch
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -31,6 +32,9 @@ from mmar_megatron.model.attention import MixedAttention
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.model.layer_specs import RMSNorm
 from mmar_megatron.model.mmar_model import MMARModel, build_model
+
+_PART_OF_LOSS = {"text_loss": "logits", "image_loss": "head_rows", "alignment_loss": "head_rows"}
+"""Methods of the model, and under which part of `Activations` is counted what they make."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,33 @@ class Piece:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Activations:
+    """Bytes, by what they are there for; those of several moments or pieces add up part by part."""
+
+    layers: int = 0
+    """With the embedding before them and EmbeddingViT: all that is neither of the others."""
+    logits: int = 0
+    """Of the rows with a label: hidden states, logits, probabilities, and gradients of these and of the output layer."""
+    head_rows: int = 0
+    """Of the image tokens to be learned, the same of PostProjector and diffusion head, and of the teacher's projector."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.layers + self.logits + self.head_rows
+
+    def __add__(self, other: Activations) -> Activations:
+        return Activations(**{part: own + getattr(other, part) for part, own in vars(self).items()})
+
+    def __sub__(self, other: Activations) -> Activations:
+        return Activations(**{part: own - getattr(other, part) for part, own in vars(self).items()})
+
+    def times(self, number: float) -> Activations:
+        """So many times as much, rounded to whole bytes."""
+        return Activations(**{part: round(number * own) for part, own in vars(self).items()})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Footprint:
     """Of one piece and one microbatch on one rank; bytes."""
 
@@ -61,10 +92,12 @@ class Footprint:
     """Their number."""
     row_parallel: int
     """Those of them whose gradients are summed over the tensor-parallel ranks, which see different rows."""
-    saved: int
-    """Kept from forward to backward, the piece's input included, and its output, but for the loss."""
-    peak: int
-    """Most that there is at a time in forward and backward, beside weights and the microbatch; `saved` is within."""
+    saved: Activations
+    """Kept from forward to backward, the piece's input included, but not its output."""
+    sent: int
+    """The output that goes to the next piece; 0 of the last one."""
+    peak: Activations
+    """What there is beside weights and the microbatch when it is most, in forward or backward; `saved` is within."""
     batch: int
     """Of the microbatch itself."""
     traffic: Mapping[str, int]
@@ -75,11 +108,17 @@ class Footprint:
         return Footprint(
             parameters=self.parameters,
             row_parallel=self.row_parallel,
-            saved=self.saved * microbatches,
-            peak=self.peak * microbatches,
+            saved=self.saved.times(microbatches),
+            sent=self.sent * microbatches,
+            peak=self.peak.times(microbatches),
             batch=self.batch * microbatches,
             traffic={kind: sent * microbatches for kind, sent in self.traffic.items()},
         )
+
+    def keeping_output(self) -> Footprint:
+        """Where what is sent is kept until its gradient comes back."""
+        output = Activations(layers=self.sent)
+        return replace(self, saved=self.saved + output, peak=self.peak + output)
 
 
 def run_on_fake_tensors(
@@ -91,21 +130,28 @@ def run_on_fake_tensors(
         batch = fake_batch(microbatch, geometry=geometry, config=config)
         given = () if piece.first else (_hidden_states(config, microbatch).requires_grad_(),)
         of_batch = [tensor for f in fields(batch) if isinstance(tensor := getattr(batch, f.name), Tensor)]
-        saved, watch = _Saved(model), _Watch(ranks=ranks, there=[*model.parameters(), *model.buffers(), *of_batch])
+        watch = _Watch(ranks=ranks, there=[*model.parameters(), *model.buffers(), *of_batch])
+        saved = _Saved(model, watch=watch)
+        for loss, part in _PART_OF_LOSS.items():
+            setattr(model, loss, watch.counting(part, getattr(model, loss)))
         with watch:
             with torch.autograd.graph.saved_tensors_hooks(saved.note, lambda tensor: tensor):
                 model.set_input_tensor([*given] or [None])
-                out = model(batch)
+                out = model(batch, return_hidden=piece.last)
                 if piece.last:
-                    out = out.text + out.image + out.alignment
-            if not piece.last:
-                saved.note(out)  # megatron-core's schedules keep what they have sent until the gradient comes back
-            out.backward(torch.ones_like(out))
+                    out.register_hook(lambda gradient: watch.enter("layers"))
+                    sums = model.losses(out, batch=batch)
+                    out = sums.text + sums.image + sums.alignment
+            sent = 0 if piece.last else out.nbytes
+            edge, gradient = get_gradient_edge(out), partial(torch.ones, out.shape, dtype=out.dtype)
+            del out  # as sent: it is let go of before its gradient comes
+            torch.autograd.backward(edge, gradient())
         return Footprint(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             row_parallel=sum(p.numel() for p in model.parameters() if getattr(p, "sum_gradients_across_tp_domain", False)),
             saved=saved.bytes,
-            peak=watch.peak + sum(tensor.nbytes for tensor in given),
+            sent=sent,
+            peak=watch.peak + Activations(layers=sum(tensor.nbytes for tensor in given)),
             batch=sum(tensor.nbytes for tensor in of_batch),
             traffic=dict(watch.sent),
         )
@@ -233,19 +279,23 @@ def _hidden_states(config: Config, microbatch: Microbatch) -> Tensor:
 class _Saved:
     """Bytes that autograd keeps, each storage once, without parameters."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, watch: _Watch) -> None:
         self._of_model = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        self._sizes: dict[int, int] = {}
+        self._watch = watch
+        self._sizes: dict[int, tuple[str, int]] = {}
 
     def note(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in self._of_model:
-            self._sizes[storage._cdata] = storage.nbytes()
+            self._sizes[storage._cdata] = self._watch.part_of(storage), storage.nbytes()
         return tensor
 
     @property
-    def bytes(self) -> int:
-        return sum(self._sizes.values())
+    def bytes(self) -> Activations:
+        sums: Counter[str] = Counter()
+        for part, size in self._sizes.values():
+            sums[part] += size
+        return Activations(**sums)
 
 
 class _Watch(TorchDispatchMode):
@@ -263,10 +313,11 @@ class _Watch(TorchDispatchMode):
     def __init__(self, *, ranks: int, there: Sequence[Tensor]) -> None:
         super().__init__()
         self.sent: Counter[str] = Counter()
-        self.peak = 0
-        self._live = 0
+        self.peak = Activations()
+        self._part = "layers"
+        self._live: Counter[str] = Counter()
         self._share = (ranks - 1) / ranks
-        self._seen = {tensor.untyped_storage()._cdata for tensor in there}
+        self._parts: dict[int, str] = {tensor.untyped_storage()._cdata: "layers" for tensor in there}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
@@ -278,14 +329,41 @@ class _Watch(TorchDispatchMode):
                 self._note(tensor.untyped_storage())
         return out
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata in self._seen:
-            return
-        self._seen.add(storage._cdata)
-        self._live += storage.nbytes()
-        self.peak = max(self.peak, self._live)
-        weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+    def counting(self, part: str, compute: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function; what it makes, and what its backward pass makes, is of this part.
 
-    def _gone(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self._live -= size
+        Autograd runs what was computed last first, so that it comes to all of one function before it comes to what was computed
+        earlier, which has a hook of its own or is entered by the caller's.
+        """
+
+        def computed(*args: Any, **kwargs: Any) -> Any:
+            self.enter(part)
+            out = compute(*args, **kwargs)
+            self.enter("layers")
+            for tensor in tree_leaves(out):
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda gradient: self.enter(part))
+            return out
+
+        return computed
+
+    def enter(self, part: str) -> None:
+        """From here on."""
+        self._part = part
+
+    def part_of(self, storage: torch.UntypedStorage) -> str:
+        """That it was made for; what was there before is of the layers."""
+        return self._parts.get(storage._cdata, "layers")
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self._parts:
+            return
+        self._parts[storage._cdata] = part = self._part
+        self._live[part] += storage.nbytes()
+        if self._live.total() > self.peak.total:
+            self.peak = Activations(**self._live)
+        weakref.finalize(storage, self._gone, storage._cdata, part, storage.nbytes())
+
+    def _gone(self, key: int, part: str, size: int) -> None:
+        del self._parts[key]
+        self._live[part] -= size

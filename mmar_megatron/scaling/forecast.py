@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
+from mmar_megatron.config import frees_sent_outputs
 from mmar_megatron.scaling.flops import StepFlops
-from mmar_megatron.scaling.footprint import Footprint
+from mmar_megatron.scaling.footprint import Activations, Footprint
 from mmar_megatron.scaling.gpus import Gpu
 from mmar_megatron.scaling.layout import Layout
 from mmar_megatron.scaling.pieces import EACH_LAYER, NO_LAYER, Footprints, Recomputation, in_flight, most_at_a_time
@@ -28,11 +29,12 @@ class StageForecast:
     in_flight: int
     """Passes of chunks whose activations are there at a time."""
     model: Memory
-    activations: int
-    without_recompute: int
-    """Activations if no layer were recomputed."""
-    with_recompute: int
-    """Activations if each layer were."""
+    activations: Activations
+    """As configured, when they are most."""
+    without_recompute: Activations
+    """If no layer were recomputed."""
+    with_recompute: Activations
+    """If each layer were."""
     batches: int
     """Of a step's microbatches, which wait on the device."""
     buffers: int
@@ -43,7 +45,11 @@ class StageForecast:
     @property
     def total(self) -> int:
         """All of it."""
-        return self.model.total + self.activations + self.batches + self.buffers
+        return self.total_of(self.activations)
+
+    def total_of(self, activations: Activations) -> int:
+        """All of it, with these activations."""
+        return self.model.total + activations.total + self.batches + self.buffers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +123,8 @@ def _chunks(layout: Layout, stage: int, *, footprints: Footprints, recompute: Re
     """Of a microbatch; recomputation is as configured, or another."""
     recompute = recompute or Recomputation.of(layout.config.model.backbone)
     sequences = layout.config.train.micro_batch_size
-    return [footprints.of(piece, recompute=recompute).times(sequences) for piece in layout.pieces(stage)]
+    found = [footprints.of(piece, recompute=recompute).times(sequences) for piece in layout.pieces(stage)]
+    return found if frees_sent_outputs(layout.config.parallel) else [chunk.keeping_output() for chunk in found]
 
 
 def _stage(layout: Layout, stage: int, *, footprints: Footprints, seconds: Range) -> StageForecast:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mmar_megatron.scaling.forecast import RESERVE, Forecast
+from mmar_megatron.scaling.footprint import Activations
+from mmar_megatron.scaling.forecast import RESERVE, Forecast, StageForecast
 from mmar_megatron.scaling.search import Found, options_of
 from mmar_megatron.scaling.tables import columns, size
 from mmar_megatron.scaling.timing import Range
@@ -20,21 +21,40 @@ def table(forecast: Forecast) -> str:
 
 
 def _memory(forecast: Forecast) -> list[str]:
-    heading = ("memory of a GPU", "in flight", "model", "activations", "if none", "if each", "batches", "buffers", "together")
-    rows: list[tuple[str, ...]] = [heading]
-    for number, stage in enumerate(forecast.stages):
-        sizes = (
-            *(stage.model.total, stage.activations, stage.without_recompute, stage.with_recompute),
-            *(stage.batches, stage.buffers, stage.total),
-        )
-        rows.append((f"  stage {number}", f"{stage.in_flight}", *map(size, sizes)))
+    stages = list(enumerate(forecast.stages))
+    columns_of_first = [name.replace("_", " ") for name in _memory_of(forecast.stages[0])]
+    rows: list[tuple[str, ...]] = [("memory of a GPU", "in flight", *columns_of_first, "together")]
+    for number, stage in stages:
+        rows.append((f"  stage {number}", f"{stage.in_flight}", *map(size, _memory_of(stage).values()), size(stage.total)))
+    recomputed: list[tuple[str, ...]] = [("all activations", "recomputing no layer", "together", "each layer", "together")]
+    for number, stage in stages:
+        sizes = (sum_ for each in (stage.without_recompute, stage.with_recompute) for sum_ in (each.total, stage.total_of(each)))
+        recomputed.append((f"  stage {number}", *map(size, sizes)))
     verdict = "fits" if forecast.fits else "DOES NOT FIT"
     return [
         *columns(rows),
-        "  if none, if each: layer were recomputed; in flight: passes of chunks that are kept at a time; with the fullest rows",
+        "  with the fullest rows, when activations are most: those of logits, of head rows, and all others",
+        "  in flight: passes of chunks that are kept at a time; optimizer: with the moving average of the weights",
+        *columns(recomputed),
         f"  with {size(RESERVE)} for CUDA, NCCL and fragmentation: {size(forecast.needed)} of the {forecast.gpu.name}'s "
         f"{size(forecast.gpu.memory)}: {verdict}",
     ]
+
+
+def _memory_of(stage: StageForecast) -> dict[str, int]:
+    """Bytes of a rank by column, which add up to `stage.total`."""
+    return {
+        "weights": stage.model.weights,
+        "gradients": stage.model.gradients,
+        "optimizer": stage.model.optimizer,
+        **_activations_of(stage.activations),
+        "batches": stage.batches,
+        "buffers": stage.buffers,
+    }
+
+
+def _activations_of(activations: Activations) -> dict[str, int]:
+    return {"activations": activations.layers, "logits": activations.logits, "head_rows": activations.head_rows}
 
 
 def _traffic(forecast: Forecast) -> list[str]:
@@ -93,7 +113,7 @@ def as_json(forecast: Forecast) -> dict[str, Any]:
         "gpu": forecast.gpu.name,
         "fits": forecast.fits,
         "memory_needed": forecast.needed,
-        "stages": [_stage_as_json(forecast, number) for number in range(len(forecast.stages))],
+        "stages": [_stage_as_json(stage) for stage in forecast.stages],
         "sent_in_a_step": dict(forecast.traffic),
         "waiting": forecast.bubble._asdict(),
         "step_s": forecast.step._asdict(),
@@ -102,18 +122,13 @@ def as_json(forecast: Forecast) -> dict[str, Any]:
     }
 
 
-def _stage_as_json(forecast: Forecast, number: int) -> dict[str, Any]:
-    stage = forecast.stages[number]
+def _stage_as_json(stage: StageForecast) -> dict[str, Any]:
+    alternatives = {"without_recompute": stage.without_recompute, "with_recompute": stage.with_recompute}
     return {
         "layers": list(stage.layers),
-        "weights": stage.model.weights,
-        "gradients": stage.model.gradients,
-        "optimizer": stage.model.optimizer,
-        "activations": stage.activations,
-        "activations_without_recompute": stage.without_recompute,
-        "activations_with_recompute": stage.with_recompute,
-        "batches": stage.batches,
-        "buffers": stage.buffers,
+        **_memory_of(stage),
+        "together": stage.total,
+        **{name: {**_activations_of(each), "together": stage.total_of(each)} for name, each in alternatives.items()},
         "in_flight": stage.in_flight,
         "seconds": stage.seconds._asdict(),
     }

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from mmar_megatron.config import Config, TransformerConfig
 from mmar_megatron.model.image_geometry import ImageGeometry
-from mmar_megatron.scaling.footprint import Footprint, Microbatch, Piece, run_on_fake_tensors
+from mmar_megatron.scaling.footprint import Activations, Footprint, Microbatch, Piece, run_on_fake_tensors
 
 _FEW = 4
 """Layers of the longer run, or groups of layers that are recomputed together."""
@@ -63,11 +63,13 @@ class Footprints:
         def line(short: int, long: int) -> int:
             return round(short + times * (long - short))
 
+        saved = shorter.saved + (longer.saved - shorter.saved).times(times)
         layers = Footprint(
             parameters=line(shorter.parameters, longer.parameters),
             row_parallel=0,
-            saved=line(shorter.saved, longer.saved),
-            peak=line(shorter.saved, longer.saved) + longer.peak - longer.saved,
+            saved=saved,
+            sent=longer.sent,
+            peak=saved + longer.peak - longer.saved,
             batch=longer.batch,
             traffic={kind: line(shorter.traffic.get(kind, 0), sent) for kind, sent in longer.traffic.items()},
         )
@@ -87,13 +89,13 @@ class Footprints:
         one, end = self._end(first=True)
         together = _sum(layers, one, end)
         # Backward comes to what the first stage does before its layers when nothing else is kept any more.
-        return replace(together, peak=max(together.saved + layers.peak - layers.saved, end.peak))
+        return replace(together, peak=_larger(together.saved + layers.peak - layers.saved, end.peak))
 
     def _with_last(self, layers: Footprint) -> Footprint:
         one, end = self._end(first=False)
         together = _sum(layers, one, end)
         # And to the layers when what the heads kept is gone.
-        return replace(together, peak=max(together.saved + end.peak - end.saved, layers.peak))
+        return replace(together, peak=_larger(together.saved + end.peak - end.saved, layers.peak))
 
     def _run_layers(self, recompute: Recomputation, layers: int) -> tuple[int, int, Footprint, Footprint]:
         unit, before = 1, 0
@@ -127,21 +129,26 @@ def _sum(layers: Footprint, one: Footprint, end: Footprint) -> Footprint:
         parameters=layers.parameters + end.parameters - one.parameters,
         row_parallel=layers.row_parallel + end.row_parallel,
         saved=layers.saved + end.saved - one.saved,
+        sent=layers.sent + end.sent - one.sent,
         peak=layers.peak,
         batch=layers.batch,
         traffic=dict(traffic),
     )
 
 
-def most_at_a_time(chunks: Sequence[Footprint], *, stage: int, stages: int, microbatches: int) -> int:
-    """Bytes of activations, at most, on a rank of a stage that runs these chunks in megatron-core's 1F1B schedule, interleaved or
+def _larger(one: Activations, other: Activations) -> Activations:
+    return max(one, other, key=lambda activations: activations.total)
+
+
+def most_at_a_time(chunks: Sequence[Footprint], *, stage: int, stages: int, microbatches: int) -> Activations:
+    """Activations when they are most on a rank of a stage that runs these chunks in megatron-core's 1F1B schedule, interleaved or
     not (arXiv 2104.04473): those kept by the microbatches under way, and what the one that is run takes beside.
     """
-    most, kept = 0, 0
+    most, kept = Activations(), Activations()
     for backward, chunk in _order(len(chunks), stage=stage, stages=stages, microbatches=microbatches):
         if backward:
             kept -= chunks[chunk].saved  # which its peak has within
-        most = max(most, kept + chunks[chunk].peak)
+        most = _larger(most, kept + chunks[chunk].peak)
         if not backward:
             kept += chunks[chunk].saved
     return most

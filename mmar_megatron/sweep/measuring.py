@@ -12,14 +12,12 @@ from typing import Any
 import yaml
 
 from mmar_megatron.config import Config, parse_command_line
-from mmar_megatron.data.prepare import ensure_data
-from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.scaling.expected import RowMeans
-from mmar_megatron.scaling.plan import Plan, plan
-from mmar_megatron.scaling.split import split_pipeline
+from mmar_megatron.scaling.plan import Plan
 from mmar_megatron.sweep.shapes import Options, Shape, initial_std, merged
 from mmar_megatron.sweep.spec import Spec
-from mmar_megatron.training.building import open_source
+from mmar_megatron.training.building import open_data
+from mmar_megatron.training.planning import plan_run
 
 _RESERVED = ("run_dir", "resume", "seed", "train.steps", "optimizer.lr", "optimizer.warmup_steps", "checkpoint.init_from")
 """What the sweep sets, and options of a specification may not."""
@@ -70,16 +68,9 @@ def measure(spec: Spec, shapes: Sequence[Shape], *, say: Callable[[str], None]) 
                 f"the shape {shape.name} has checkpoint.every or validation.every 0, but a run must resume, and have a loss: "
                 "leave that out"
             )
-        ensure_data(config.data)
-        source = open_source(config)
+        source = open_data(config)
         rows = rows or RowMeans.of(source, seed=spec.seeds[0])
-        planned = plan(
-            split_pipeline(config, source),
-            geometry=ImageGeometry.of(source.codec),
-            vocab_size=source.tokenizer.vocab_size,
-            rows=rows,
-            world_size=spec.processes,
-        )
+        planned = plan_run(config, source=source, world_size=spec.processes, rows=rows)
         measured.append(_measured(shape, options, planned, config))
         say(f"{shape.name}: {measured[-1].n_params:,} parameters, {measured[-1].step_flops:.3e} FLOPs a step")
     measured.sort(key=lambda each: each.n_params)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from mmar_megatron import platform
 from mmar_megatron.config import Config
 from mmar_megatron.config_checks import validate_machine
 from mmar_megatron.data.loader import TrainLoader
+from mmar_megatron.data.prepare import ensure_data
 from mmar_megatron.data.source import DataSource
 from mmar_megatron.data.stream import StreamState
 from mmar_megatron.engine.base import Engine
@@ -25,6 +28,18 @@ def open_source(config: Config) -> DataSource:
             f"{source.teacher_features} wide: change the former."
         )
     return source
+
+
+def open_data(config: Config, *, groups: ParallelGroups | None = None) -> DataSource:
+    """The same; data that can be generated and are not there are made first, by the main process while the others wait.
+
+    Args:
+        config: the whole configuration.
+        groups: None: this process is the only one.
+    """
+    with groups.main_process_first() if groups is not None else nullcontext():
+        ensure_data(config.data)
+    return open_source(config)
 
 
 def build_engine(config: Config, *, source: DataSource, groups: ParallelGroups) -> Engine:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -21,6 +23,7 @@ import torch
 from mmar_megatron import parallel
 from mmar_megatron.data.batch import Batch
 from mmar_megatron.diffusion.painting import ImageSampling
+from mmar_megatron.engine.native import NativeEngine
 from mmar_megatron.inference.images import paint
 from mmar_megatron.inference.text import caption
 from tests.distributed.common import build, command, means, one_document_a_row, train
@@ -35,6 +38,22 @@ SAMPLINGS = (
     ImageSampling(rounds=4, steps=3, guidance_scale=2.0, sampler="ancestral"),
     ImageSampling(rounds=6, steps=3, guidance_scale=2.0, order="confidence", refresh_every=4),
 )
+
+
+@contextmanager
+def noting_outputs(engine: NativeEngine) -> Iterator[list[int]]:
+    """Within, of each output that goes to another stage: bytes of it that are still there when its gradient comes."""
+    kept: list[int] = []
+
+    def note(module: Any, args: Any, out: Any) -> None:
+        if isinstance(out, torch.Tensor) and out.requires_grad:
+            storage = weakref.ref(out.untyped_storage())
+            out.register_hook(lambda gradient: kept.append(0 if (left := storage()) is None else left.nbytes()))
+
+    handles = [model.register_forward_hook(note) for model in engine.models]
+    yield kept
+    for handle in handles:
+        handle.remove()
 
 
 def main() -> None:
@@ -61,11 +80,12 @@ def run_layout(name: str, options: list[str], *, data: str, directory: Path, ste
     microbatches = batch.global_batch_size // (batch.micro_batch_size * groups.data.size())
     changes = {"unpacked": one_document_a_row, "dense": with_a_mask}
     batches: Iterator[Batch] = map(changes.get(name.split()[0], noting), loader)
-    with keeping_gradients(engine, groups=groups) as gradients:
+    with keeping_gradients(engine, groups=groups) as gradients, noting_outputs(engine) as kept:
         results = train(engine, batches, steps=1, microbatches=microbatches)
     results += train(engine, batches, steps=steps - 1, microbatches=microbatches)
     figures = [means(result) for result in results]
     made: dict[str, Any] = {"rows": loader.state.row, "documents": loader.state.documents, "causal": noted}
+    made["microbatches"] = microbatches
     with engine.evaluating():
         figures.append(means(engine.evaluate(list(islice(batches, microbatches)))))
         painted = [paint(engine, CAPTIONS, source=loader.source, groups=groups, sampling=sampling) for sampling in SAMPLINGS]
@@ -74,8 +94,11 @@ def run_layout(name: str, options: list[str], *, data: str, directory: Path, ste
         if groups.pipeline.size() == 1 and engine.last_stage is not None:
             with torch.enable_grad():
                 made["head_flops"] = head_flops(engine.last_stage, tokenizer=loader.source.tokenizer, groups=groups)
+    kept_outputs: list[Any] = [None] * groups.world_size
+    torch.distributed.all_gather_object(kept_outputs, kept)
     if torch.distributed.get_rank() == 0:
         torch.save(gradients, directory / f"{name}.pt")
+        made["kept_outputs"] = kept_outputs
         made["parameters"] = sum(p.numel() for chunk in engine.chunks for p in chunk.parameters())
         print(json.dumps({name: {"figures": figures, **made}}), flush=True)
 

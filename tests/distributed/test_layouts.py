@@ -172,6 +172,19 @@ def test_head_is_divided_over_tensor_parallel_ranks(name: str, ranks: int, modul
         assert max(flops[module]) <= 1.02 * whole / ranks, mask
 
 
+@pytest.mark.parametrize("name", [*ON_TWO, *ON_FOUR])
+def test_what_is_sent_is_let_go_of(name: str, runs: dict[str, dict[str, Any]]) -> None:
+    """No stage keeps an output until its gradient comes, but for the interleaved schedule, which keeps each of them whole."""
+    options = (ON_TWO | ON_FOUR)[name]
+    stages = int(options[options.index(PP2[0]) + 1]) if PP2[0] in options else 1
+    chunks, kept = 2 if INTERLEAVED[2] in options else 1, runs[name]["kept_outputs"]
+    ranks = len(kept) // stages  # of a stage; those of the last one send nothing but by their earlier chunks
+    for rank, of_rank in enumerate(kept):
+        passes = (chunks - (rank >= ranks * (stages - 1))) * runs[name]["microbatches"]
+        assert len(of_rank) == passes
+        assert all((size > 0) == (chunks > 1) for size in of_rank)
+
+
 def test_comparisons_are_not_empty(runs: dict[str, dict[str, Any]]) -> None:
     """They would be if nothing were learned, or painted."""
     figures = runs["one"]["figures"]

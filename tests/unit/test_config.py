@@ -95,10 +95,11 @@ def test_what_follows_from_other_sections() -> None:
     assert backbone.sequence_parallel
     assert (backbone.params_dtype, backbone.pipeline_dtype, backbone.bf16) == (torch.bfloat16, torch.bfloat16, True)
     assert (backbone.overlap_p2p_comm, backbone.batch_p2p_comm) == (False, True)
+    assert backbone.deallocate_pipeline_outputs and not parse().config.model.backbone.deallocate_pipeline_outputs
     assert backbone.calculate_per_token_loss
     interleaved = parse(*INTERLEAVED).config.model.backbone
     assert (interleaved.virtual_pipeline_model_parallel_size, interleaved.overlap_p2p_comm) == (2, True)
-    assert not interleaved.batch_p2p_comm
+    assert not interleaved.batch_p2p_comm and not interleaved.deallocate_pipeline_outputs
     assert interleaved.params_dtype is torch.float32
 
 
@@ -129,6 +130,7 @@ def test_what_follows_from_fp8(recipe: str, options: list[str], formats: str | N
     [
         ("tensor_model_parallel_size=2", "parallel.tensor_model_parallel_size makes it 1"),
         ("sequence_parallel=true", "parallel.sequence_parallel makes it False"),
+        ("deallocate_pipeline_outputs=true", "parallel.pipeline_model_parallel_size makes it False"),
         ("bf16=true", "precision.dtype makes it False"),
         ("params_dtype=torch.bfloat16", "precision.dtype makes it torch.float32"),
         ("context_parallel_size=2", "parallel.context_parallel_size makes it 1"),

@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 from mmar_megatron.data.content import conversation_parts
 from mmar_megatron.data.preparation.records import EMPTY_TEXT, UNFIT, Block, Picture, Raw
-from mmar_megatron.data.preparation.rows import Rows
+from mmar_megatron.data.preparation.rows import Rows, RowSource
 from mmar_megatron.data.preparation.tables import picture_in
 
 Kind = Literal["conversations", "text"]
 
 
-class DocumentSource:
+class DocumentSource(RowSource):
     """Rows of JSON or Parquet files.
 
     conversations: {"image": path, list of them, or absent, "conversations": [{"from": "human" | "gpt", "value": ...}, ...]}
@@ -41,13 +41,12 @@ class DocumentSource:
         group: str | None = None,
     ) -> None:
         self._kind, self._images, self._key, self._group = kind, images and Path(images), key, group
-        self._rows = Rows(files)
+        super().__init__(Rows(files))
         self._rows.check_columns([name for name in (key, group) if name], option="--key or --group")
         expected = {"conversations": ("conversations", "messages"), "text": ("text", "content")}[kind]
         for number, file in enumerate(self._rows.files):
             if not set(expected) & set(self._rows.column_names(number)):
                 raise ValueError(f"{file} has neither {expected[0]!r} nor {expected[1]!r} in its rows: name a file that has")
-        self.chunk_records = self._rows.chunk_records
         self.settings = {
             "source": kind,
             "files": [str(file) for file in self._rows.files],
@@ -55,14 +54,6 @@ class DocumentSource:
             "key": key,
             "group": group,
         }
-
-    def blocks(self) -> Iterator[Block]:
-        """Those of the rows."""
-        return self._rows.blocks()
-
-    def inputs(self) -> Iterator[Path]:
-        """The files with the rows."""
-        return iter(self._rows.files)
 
     def read(self, block: Block, rows: Sequence[int] | None = None) -> Iterator[Raw]:
         """See `Source`."""

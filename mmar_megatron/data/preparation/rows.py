@@ -91,6 +91,22 @@ class Rows:
                 raise ValueError(f"{file} has no column {missing[0]!r}, but {', '.join(there)}: name one of them with {option}")
 
 
+class RowSource:
+    """What sources have in common whose records are rows: see `Source`, of which `settings` and `read` are for each of them."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+        self.chunk_records = rows.chunk_records
+
+    def blocks(self) -> Iterator[Block]:
+        """Those of the rows."""
+        return self._rows.blocks()
+
+    def inputs(self) -> Iterator[Path]:
+        """The files with the rows."""
+        return iter(self._rows.files)
+
+
 def _blocks(file: Path) -> Iterator[tuple[int, Any]]:
     if file.suffix in LINES:
         return _blocks_of_lines(file)

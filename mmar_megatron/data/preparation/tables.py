@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from mmar_megatron.data.preparation.records import NO_PICTURE, UNFIT, Block, CaptionFields, Encoded, Picture, Raw
-from mmar_megatron.data.preparation.rows import Rows
+from mmar_megatron.data.preparation.rows import Rows, RowSource
 
 _LONGEST_PATH = 4096
 _BASE64 = ("data:", "iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
 """How PNG, JPEG, GIF and WebP begin in base64, which of a small picture may be shorter than a path."""
 
 
-class TableSource:
+class TableSource(RowSource):
     """Rows with a picture (a path, the bytes of its file, or these in base64) and captions.
 
     Args:
@@ -50,11 +50,10 @@ class TableSource:
         self._key, self._group, self._keep = key, group, keep
         named = [name for name in (key, group, *keep) if name]
         columns = [image, *(column for _, column in captions.pairs), *named]
-        self._rows = Rows(files, columns=list(dict.fromkeys(columns)))
+        super().__init__(Rows(files, columns=list(dict.fromkeys(columns))))
         self._rows.check_columns([image], option="--image")
         self._rows.check_columns([column for _, column in captions.pairs], option="--captions")
         self._rows.check_columns(named, option="--key, --group or --keep")
-        self.chunk_records = self._rows.chunk_records
         self.settings = {
             "source": "table",
             "files": [str(file) for file in self._rows.files],
@@ -65,14 +64,6 @@ class TableSource:
             "group": group,
             "keep": list(keep),
         }
-
-    def blocks(self) -> Iterator[Block]:
-        """Those of the rows."""
-        return self._rows.blocks()
-
-    def inputs(self) -> Iterator[Path]:
-        """The tables."""
-        return iter(self._rows.files)
 
     def read(self, block: Block, rows: Sequence[int] | None = None) -> Iterator[Raw]:
         """See `Source`."""

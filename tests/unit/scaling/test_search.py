@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 import pytest
@@ -10,13 +11,15 @@ from mmar_megatron.config import Config, parse_command_line
 from mmar_megatron.model.image_geometry import ImageGeometry
 from mmar_megatron.scaling.expected import RowMeans, expected_counts, expected_flops
 from mmar_megatron.scaling.flops import StepFlops
-from mmar_megatron.scaling.footprint import Microbatch
+from mmar_megatron.scaling.footprint import Microbatch, Piece
 from mmar_megatron.scaling.forecast import RESERVE, Forecast, forecast
+from mmar_megatron.scaling.forecast_report import as_json, table
 from mmar_megatron.scaling.gpus import GPUS
 from mmar_megatron.scaling.layout import Layout
-from mmar_megatron.scaling.pieces import EACH_LAYER, Footprints
+from mmar_megatron.scaling.pieces import EACH_LAYER, NO_LAYER, Footprints, in_flight, most_at_a_time
 from mmar_megatron.scaling.plan import plan
 from mmar_megatron.scaling.search import Found, options_of, search, variants
+from mmar_megatron.scaling.tables import size
 
 GEOMETRY = ImageGeometry(grid_height=4, grid_width=4, channels=12)
 VOCAB = 200
@@ -30,6 +33,8 @@ OPTIONS = [
     *("--data.sequence_length", "48", "--data.codec.patch_size", "8", "--data.tasks.image_only", "0.25"),
     *("--train.global_batch_size", "64", "--train.micro_batch_size", "2"),
 ]
+HIDDEN = 2 * 48 * 64 * 2
+"""Bytes of a microbatch's hidden states."""
 PARALLEL = "--parallel."
 LAYOUTS = [
     [],
@@ -95,6 +100,26 @@ def test_models_of_the_stages_are_those_of_the_plan(options: list[str]) -> None:
     assert 0 < got.step.best < got.step.worst
 
 
+@pytest.mark.parametrize("options", LAYOUTS, ids=" ".join)
+def test_columns_add_up(options: list[str]) -> None:
+    got = forecast_of(*options)
+    parts = ("weights", "gradients", "optimizer", "activations", "logits", "head_rows", "batches", "buffers")
+    for stage, shown in zip(got.stages, as_json(got)["stages"], strict=True):
+        assert sum(shown[part] for part in parts) == shown["together"] == stage.total
+        for name, activations in (("without_recompute", stage.without_recompute), ("with_recompute", stage.with_recompute)):
+            of_model = sum(shown[part] for part in ("weights", "gradients", "optimizer", "batches", "buffers"))
+            assert of_model + sum(shown[name][part] for part in ("activations", "logits", "head_rows")) == shown[name]["together"]
+            assert shown[name]["together"] == stage.total_of(activations)
+    last, others = got.stages[-1].activations, [stage.activations for stage in got.stages[:-1]]
+    assert last.logits > 0 or last.head_rows > 0
+    assert all((stage.logits, stage.head_rows) == (0, 0) for stage in others)
+    heading, *rows = table(got).splitlines()
+    names = [part.replace("_", " ") for part in ("in_flight", *parts, "together")]
+    assert re.split(r" {2,}", heading) == ["memory of a GPU", *names]
+    for stage, row in zip(got.stages, rows, strict=False):
+        assert row.endswith(f"  {size(stage.total)}")
+
+
 def test_time_is_work_over_what_is_reached_of_the_peak() -> None:
     one = forecast_of(gpus=1)
     flops = flops_of(config_of())
@@ -132,6 +157,18 @@ def test_the_bubble_is_that_of_the_schedule() -> None:
     assert plain.layout.microbatches == 4
     assert plain.bubble.best == pytest.approx(1 / 5, abs=0.05)
     assert interleaved.bubble.best == pytest.approx(1 / 9, abs=0.05)
+
+
+def test_outputs_are_kept_by_the_interleaved_schedule_alone() -> None:
+    """Beside what it needs with that, as many as it has passes under way."""
+    for options, kept in ((LAYOUTS[2], 0), (LAYOUTS[4], HIDDEN)):
+        got = forecast_of(*options).stages[0]
+        chunks = len(got.layers)
+        footprints = footprints_of(1, sequence_parallel=False)
+        pieces = [footprints.of(Piece(n, k == 0, False), recompute=NO_LAYER).times(2) for k, n in enumerate(got.layers)]
+        schedule = {"stage": 0, "stages": 2, "microbatches": 4}
+        without = most_at_a_time(pieces, **schedule).total
+        assert got.activations.total == without + kept * in_flight(chunks, **schedule)
 
 
 def test_offloading_is_refused() -> None:

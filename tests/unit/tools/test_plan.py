@@ -42,7 +42,14 @@ def test_a_layout(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     text = said(capsys, "--gpus", "16", *small, *pipeline)
     assert "TP 2 x PP 2 x DP 4 = 16 processes, bf16" in text  # what --dry_run prints comes first
     assert "of the h100's 79.00 GiB: fits" in text
-    for words in ("memory of a GPU", "tensor parallel: all-reduce", "data parallel: gradients", "a step, forecast:", "they wait"):
+    for words in (
+        "memory of a GPU",
+        "recomputing no layer",
+        "tensor parallel: all-reduce",
+        "data parallel: gradients",
+        "a step, forecast:",
+        "they wait",
+    ):
         assert words in text
     found: dict[str, Any] = json.loads(said(capsys, "--gpus", "16", "--gpu", "h200", "--json", *small, *pipeline))
     assert (found["gpu"], found["fits"], len(found["stages"])) == ("h200", True, 2)
