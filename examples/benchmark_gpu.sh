@@ -46,6 +46,10 @@ engine="$flex --model.backbone.transformer_impl transformer_engine"
 measure step --rounds 10 --variant "$flex" $options
 # shellcheck disable=SC2086
 measure step --rounds 10 --variant "$engine" $options $flex
+for head in "kernels" "graphs --model.head.row_multiple 2048"; do
+    # shellcheck disable=SC2086
+    measure step --rounds 10 --variant "--model.head.compile $head" $options $flex
+done
 for fp8 in tensorwise delayed blockwise; do
     # shellcheck disable=SC2086
     measure step --rounds 10 --variant "--precision.fp8 $fp8" $options $engine
