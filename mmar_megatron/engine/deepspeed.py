@@ -85,6 +85,7 @@ class DeepSpeedEngine:
             fused=True,
         )
         library = _deepspeed()
+        self._linear = nn.functional.linear
         if self.stage == 3 and config.model.tie_embeddings:
             # The output layer computes with a parameter of another module, which stage 3 would not gather for it.
             library.zero.register_external_parameter(model.output_layer, model.embedding.word_embeddings.weight)
@@ -383,5 +384,9 @@ class DeepSpeedEngine:
                 utils.safe_set_local_optimizer_state(parameter, part, kind)
 
     def close(self) -> None:
-        """Let go of what DeepSpeed holds: without it a process of stage 3 may abort when it ends."""
+        """Let go of what DeepSpeed holds: without it a process of stage 3 may abort when it ends.
+
+        Stage 3 replaces torch's linear function for the whole process by one that rounds otherwise, and leaves it there.
+        """
         self.engine.destroy()
+        nn.functional.linear = self._linear

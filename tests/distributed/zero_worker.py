@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from mmar_megatron import parallel
 from mmar_megatron.config import CheckpointConfig
@@ -82,6 +83,7 @@ def apart(engine: DeepSpeedEngine, *, groups: parallel.ParallelGroups) -> float:
 def main() -> None:
     """Engine after engine in the same processes."""
     data, directory, runs = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    linear = F.linear
     for name, run in runs.items():
         progress = Progress()
         line = command(*run["options"], data=data)
@@ -123,6 +125,7 @@ def main() -> None:
         if torch.distributed.get_rank() == 0:
             print(json.dumps({name: made}), flush=True)
         engine.close()
+        assert F.linear is linear, f"{name} leaves another linear function behind"
         parallel.destroy()
     parallel.leave()
 
