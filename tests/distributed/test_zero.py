@@ -110,10 +110,14 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def assert_same(got: list[dict[str, float]], expected: list[dict[str, float]], *, tolerance: float) -> None:
+def assert_same(
+    got: list[dict[str, float]], expected: list[dict[str, float]], *, tolerance: float, of_norms: float | None = None
+) -> None:
+    """All figures; gradient norms to a tolerance of their own where there is one."""
     for step, (a, b) in enumerate(zip(got, expected, strict=True)):
         for figure in b:
-            assert a[figure] == pytest.approx(b[figure], rel=tolerance), f"{figure} of row {step}"
+            within = of_norms if figure == "grad_norm" and of_norms is not None else tolerance
+            assert a[figure] == pytest.approx(b[figure], rel=within), f"{figure} of row {step}"
 
 
 REFERENCES = {
@@ -132,7 +136,9 @@ def test_it_trains_as_the_native_engine(name: str, runs: dict[str, dict[str, Any
     if len(got) < len(expected):  # of fewer steps; the last row is of an evaluation
         got, expected = got[:-1], expected[: len(got) - 1]
     if name.endswith("bf16"):  # in which roundings add up
-        assert_same(got[:FEW], expected[:FEW], tolerance=1e-4)
+        # Stage 3 computes the linears' gradients by a function of its own, which rounds otherwise.
+        of_norms = 5e-3 if name.startswith("zero 3") else None
+        assert_same(got[:FEW], expected[:FEW], tolerance=1e-4, of_norms=of_norms)
         assert_same(got, expected, tolerance=2e-2)
     else:
         assert_same(got, expected, tolerance=1e-5)
