@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 
 SRUN = """
-import os, signal, subprocess, sys, time
+import contextlib, os, signal, subprocess, sys, time
 import psutil
 words = sys.argv[1:]
 nodes = int(words[words.index("--nodes") + 1])
@@ -23,19 +23,18 @@ for node in range(nodes):
     step |= {"SLURM_STEP_NUM_TASKS": str(nodes), "SLURM_STEP_NODELIST": "n[0-9]"}
     tasks.append(subprocess.Popen(command, env=os.environ | step, start_new_session=True))
 
-def everyone():
-    return [each for task in tasks if task.poll() is None
-            for each in (psutil.Process(task.pid), *psutil.Process(task.pid).children(recursive=True))]
+def tell_everyone(number):  # every process of the step; one that has just ended needs no telling
+    for task in (task for task in tasks if task.poll() is None):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            first = psutil.Process(task.pid)
+            for process in (*first.children(recursive=True), first):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
 
-def forward(number, frame):  # to every process of the step
-    for process in everyone():
-        process.send_signal(number)
-
-signal.signal(signal.SIGUSR1, forward)
+signal.signal(signal.SIGUSR1, lambda number, frame: tell_everyone(number))
 while any(task.poll() is None for task in tasks):
     if any(task.poll() for task in tasks):  # --kill-on-bad-exit
-        for process in everyone():
-            process.kill()
+        tell_everyone(signal.SIGKILL)
     time.sleep(0.05)
 sys.exit(max(task.wait() for task in tasks))
 """
