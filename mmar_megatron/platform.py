@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -197,10 +199,22 @@ def prepare_for_megatron() -> None:
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf", category=UserWarning)
     if HAS_CUDA:
         return
-    # megatron-core decides at import to compile its fused functions; on CPU the compiler costs minutes and gains nothing.
+    # On CPU compiling costs minutes and gains nothing.
     os.environ["TORCH_COMPILE_DISABLE"] = "1"
     _map_cuda_device_to_cpu()
+    _import_without_compiler()
     _map_cuda_generators_to_cpu()
+
+
+def _import_without_compiler() -> None:
+    """megatron-core asks for its fused functions to be compiled as it is imported, which alone loads the compiler: a third of a
+    process's start."""
+
+    def not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        return function
+
+    with mock.patch.object(torch, "compile", not_compiled):
+        importlib.import_module("megatron.core")
 
 
 def _map_cuda_device_to_cpu() -> None:

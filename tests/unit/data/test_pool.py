@@ -59,7 +59,7 @@ KILLED = """
 import os, time
 from mmar_megatron.data.preparation.pool import ordered
 def job(number):
-    print(os.getpid(), flush=True)
+    os.write(1, f"{os.getpid()}\\n".encode())  # in one piece: the workers share the pipe
     time.sleep(60)
 if __name__ == "__main__":
     list(ordered(job, range(4), workers=2))
