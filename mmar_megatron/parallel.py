@@ -150,7 +150,13 @@ def _host_group(*, timeout: timedelta) -> ProcessGroup:
 
 
 def destroy() -> None:
-    """Forget the layout's groups; the job's own group stays, so that another layout can be built."""
+    """End the layout's groups; the job's own group stays, so that another layout can be built.
+
+    megatron-core forgets most of them without a word to torch, which keeps each with its threads.
+    """
+    for group in parallel_state._global_process_group_list or []:
+        if group is not None:  # which stands for the job's own
+            torch.distributed.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
 
 

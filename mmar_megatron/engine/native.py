@@ -212,7 +212,9 @@ class NativeEngine:
         return outputs[0] if self.last_stage is not None else None
 
     def close(self) -> None:
-        """There is nothing to let go of."""
+        """Take the engine's functions out of the configuration: that circle passes through hooks of torch, where the garbage
+        collector does not see it, and the model would stay as long as the process."""
+        self.backbone.finalize_model_grads_func = self.backbone.no_sync_func = None
 
     # --- state ------------------------------------------------------------------------------------------------------------------
 

@@ -63,6 +63,7 @@ def main() -> None:
         expected = tensors(engine)
         writer.close()
         saved = checkpoint.directory(directory / name, step=2)
+        engine.close()
         parallel.destroy()
 
         engine, loader, groups = build(line)
@@ -78,6 +79,7 @@ def main() -> None:
         third = train(engine, batches, steps=1, microbatches=microbatches)[0]
         found = {"different": int(different), "tensors": len(expected), "third": means(third), "average": averages(engine)}
         print_if_first({name: found})
+        engine.close()
         parallel.destroy()
     print_if_first({"other storage": refusals(first, elsewhere=directory / "nowhere")})
     parallel.leave()

@@ -63,6 +63,7 @@ def main() -> None:
         writer = CheckpointWriter(CheckpointConfig(), run_dir=directory / name, config_yaml=line.yaml, groups=groups, say=print)
         writer.save(engine, progress=checkpoint.Progress(step=1, fingerprints=loader.source.fingerprints))
         writer.close()
+        engine.close()
         parallel.destroy()
     parallel.leave()
 

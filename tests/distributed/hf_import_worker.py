@@ -52,6 +52,7 @@ def main() -> None:
                 difference = (ours_BSV[..., : logits_BSV.shape[-1]] - logits_BSV).abs().max() / logits_BSV.abs().max()
                 found = {"difference": float(difference), "left": [*report.new, *report.unused]}
                 print(json.dumps({" ".join((name, *options)): found}), flush=True)
+        engine.close()
         parallel.destroy()
     parallel.leave()
 

@@ -7,6 +7,7 @@ one that begins with "dense" has a mask for texts alone, too.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import weakref
@@ -60,13 +61,16 @@ def main() -> None:
     """Layout after layout in the same processes."""
     data, directory, steps, layouts = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
     for name, options in layouts.items():
-        run_layout(name, options, data=data, directory=directory, steps=steps)
+        engine = weakref.ref(run_layout(name, options, data=data, directory=directory, steps=steps))
         parallel.destroy()
+        gc.collect()
+        assert engine() is None, f"the engine of {name} stays"
+        assert len(torch.distributed.distributed_c10d._world.pg_map) == 1, f"groups of {name} stay"
     parallel.leave()
 
 
-def run_layout(name: str, options: list[str], *, data: str, directory: Path, steps: int) -> None:
-    """One of them."""
+def run_layout(name: str, options: list[str], *, data: str, directory: Path, steps: int) -> NativeEngine:
+    """One of them, with an engine that is closed in the end."""
     noted: list[bool] = []
 
     def noting(batch: Batch) -> Batch:
@@ -101,6 +105,8 @@ def run_layout(name: str, options: list[str], *, data: str, directory: Path, ste
         made["kept_outputs"] = kept_outputs
         made["parameters"] = sum(p.numel() for chunk in engine.chunks for p in chunk.parameters())
         print(json.dumps({name: {"figures": figures, **made}}), flush=True)
+    engine.close()
+    return engine
 
 
 def with_a_mask(batch: Batch) -> Batch:
