@@ -57,8 +57,9 @@ chaos: .venv/.complete ## kill a tiny run 100 times, damage its checkpoints, com
 	rm -rf runs/chaos
 	python tools/chaos.py --out runs/chaos --kills $(KILLS) --seed $(SEED)
 
+# A file at a time in each of two processes. More would help little: most of the time goes to groups of up to four processes.
 test: .venv/.complete ## run every test
-	python -m pytest
+	python -m pytest --numprocesses 2 --dist loadfile
 
 check: .venv/.complete ## formatting, lint, types and shell scripts
 	ruff format --check
