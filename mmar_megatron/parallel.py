@@ -152,7 +152,8 @@ def _host_group(*, timeout: timedelta) -> ProcessGroup:
 def destroy() -> None:
     """End the layout's groups; the job's own group stays, so that another layout can be built.
 
-    megatron-core forgets most of them without a word to torch, which keeps each with its threads.
+    megatron-core forgets most of them without a word to torch, which keeps each with its threads. Beside NCCL the `control` group
+    stays too.
     """
     for group in parallel_state._global_process_group_list or []:
         if group is not None:  # which stands for the job's own
@@ -162,6 +163,6 @@ def destroy() -> None:
 
 def leave() -> None:
     """Leave the job. Without it, gloo's threads of a finished process can abort the others."""
-    destroy()
+    parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        torch.distributed.destroy_process_group()  # and all others, in the order that NCCL needs
